@@ -1,0 +1,27 @@
+"""Reference models with a slot for the norm: MLP, CNN, VGG and ResNet."""
+
+from bnbench.models.base import (
+    MODELS,
+    ORDERS,
+    ModelEntry,
+    ParameterCount,
+    Slot,
+    build_model,
+    describe,
+    model,
+    output_layer,
+)
+from bnbench.models.init import initialize
+
+__all__ = [
+    "MODELS",
+    "ORDERS",
+    "ModelEntry",
+    "ParameterCount",
+    "Slot",
+    "build_model",
+    "describe",
+    "initialize",
+    "model",
+    "output_layer",
+]
