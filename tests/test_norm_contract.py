@@ -1,0 +1,220 @@
+"""The contract itself: a norm that breaks a promise fails the check of that promise."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bnbench.norms import NORMS
+from bnbench.testing import NormCase, check_norm, norm_cases, norm_checks
+
+CHECKS = {check.__name__.removeprefix("check_norm_"): check for check in norm_checks()}
+
+
+class Instance(nn.Module):
+    """An honest norm for the mutants below to spoil: instance norm by one kernel, with a running count."""
+
+    def __init__(self, num_features, dim=2, *, eps=1e-5):
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
+
+    def forward(self, x):
+        return F.group_norm(x, self.num_features, eps=self.eps)
+
+
+class ChangesInput(Instance):
+    def forward(self, x):
+        return super().forward(x.mul_(1.0 + 1e-6))
+
+
+class Transposes(Instance):
+    def forward(self, x):
+        return super().forward(x).transpose(-1, -2)
+
+
+class ForgetsMemoryFormat(Instance):
+    def forward(self, x):
+        return super().forward(x).contiguous()
+
+
+class LowPrecisionStatistics(Instance):
+    def forward(self, x):
+        dims = tuple(range(2, x.ndim))
+        mean = x.mean(dims, keepdim=True)
+        return (x - mean) / ((x - mean).square().mean(dims, keepdim=True) + self.eps).sqrt()
+
+
+class Cancels(Instance):
+    def forward(self, x):
+        dims = tuple(range(2, x.ndim))
+        mean, square = x.mean(dims, keepdim=True), x.square().mean(dims, keepdim=True)
+        return (x - mean) / ((square - mean.square()).clamp_min(0) + self.eps).sqrt()
+
+
+class AsksHost(Instance):
+    def forward(self, x):
+        return super().forward(x) * (1.0 if x.abs().max() > 0 else 0.0)
+
+
+class Rebinds(Instance):
+    """Rebinds its buffer, so that replicas under vmap lose their own."""
+
+    def __init__(self, num_features, dim=2, *, eps=1e-5):
+        super().__init__(num_features, dim, eps=eps)
+        self.register_buffer("steps", torch.tensor(0.0))
+
+    def forward(self, x):
+        if self.training:
+            self.steps = self.steps + x.mean()
+        return super().forward(x)
+
+
+class NotEps(Instance):
+    def forward(self, x):
+        dims = tuple(range(2, x.ndim))
+        return (x - x.mean(dims, keepdim=True)) / x.var(dims, correction=0, keepdim=True).sqrt()
+
+
+class UsesBesselsCorrection(Instance):
+    def forward(self, x):
+        dims = tuple(range(2, x.ndim))
+        return (x - x.mean(dims, keepdim=True)) / (x.var(dims, keepdim=True) + self.eps).sqrt()
+
+
+class DetachesStatistics(Instance):
+    def forward(self, x):
+        dims = tuple(range(2, x.ndim))
+        var, mean = torch.var_mean(x.detach(), dims, correction=0, keepdim=True)
+        return (x - mean) / (var + self.eps).sqrt()
+
+
+class Rectifies(Instance):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Random(Instance):
+    def forward(self, x):
+        return super().forward(x) * (1 + 0.1 * torch.rand_like(x))
+
+
+class SeesBatch(Instance):
+    def forward(self, x):
+        return super().forward(x) + x.mean(0, keepdim=True) - x.mean()
+
+
+class OrdersSamples(Instance):
+    def forward(self, x):
+        return super().forward(x) * torch.arange(1, len(x) + 1, dtype=x.dtype).view(-1, *(1,) * (x.ndim - 1))
+
+
+class Hides(Instance):
+    """Keeps state where neither state_dict nor buffers see it."""
+
+    seen = 0.0
+
+    def forward(self, x):
+        if self.training:
+            self.seen = self.seen + 1.0
+        return super().forward(x) * (1 + self.seen)
+
+
+class Moments(Instance):
+    """Claims population statistics that are wrong by a factor."""
+
+    def __init__(self, num_features, dim=2, *, eps=1e-5):
+        super().__init__(num_features, dim, eps=eps)
+        self.register_buffer("running_rms", torch.ones(num_features))
+
+    def forward(self, x):
+        dims = (0, *range(2, x.ndim))
+        square = x.square().mean(dims) if self.training else self.running_rms.square()
+        return x / (square + self.eps).sqrt().view(1, -1, *(1,) * (x.ndim - 2))
+
+    def batch_moments(self, x):
+        return (x.double().square().mean((0, *range(2, x.ndim))),)
+
+    def set_moments(self, *means):
+        self.running_rms.copy_(2 * means[0].sqrt())
+
+
+ENTRY = dataclasses.replace(NORMS["instance"], name="mutant", layer=Instance)
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_the_honest_norm_passes(check):
+    check(NormCase(Instance, (1, 2, 3), dataclasses.replace(ENTRY, min_dim=0)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "failed"),
+    [
+        (ChangesInput, "shape"),
+        (Transposes, "shape"),
+        (ForgetsMemoryFormat, "memory_format"),
+        (LowPrecisionStatistics, "low_precision"),
+        (Cancels, "large_offset"),
+        (AsksHost, "without_host"),
+        (AsksHost, "vmap"),
+        (Rebinds, "vmap"),
+        (Rebinds, "running_stats"),
+        (NotEps, "degenerate"),
+        (UsesBesselsCorrection, "reference"),
+        (DetachesStatistics, "gradient"),
+        (Rectifies, "activation"),
+        (Random, "evaluation"),
+        (SeesBatch, "evaluation"),
+        (SeesBatch, "batch_dependence"),
+        (SeesBatch, "single_sample"),
+        (SeesBatch, "invariances"),
+        (OrdersSamples, "invariances"),
+        (Hides, "copies"),
+        (Moments, "moments"),
+    ],
+)
+def test_a_broken_norm_fails(layer, failed):
+    with pytest.raises((AssertionError, RuntimeError)):
+        CHECKS[failed](NormCase(layer, (1, 2, 3), dataclasses.replace(ENTRY, layer=layer, min_dim=0)))
+
+
+@pytest.mark.parametrize(
+    ("trait", "value", "failed"),
+    [
+        ("batch_dependent", True, "batch_dependence"),
+        ("running_stats", True, "running_stats"),
+        ("replaces_activation", True, "activation"),
+        ("scale_invariant", False, "invariances"),
+        ("centres", False, "invariances"),
+        ("permutation_equivariant", False, "invariances"),
+    ],
+)
+def test_a_trait_that_is_wrong_fails(trait, value, failed):
+    with pytest.raises(AssertionError, match="mutant: "):
+        CHECKS[failed](NormCase(Instance, (1, 2, 3), dataclasses.replace(ENTRY, **{trait: value})))
+
+
+def test_a_dim_that_should_be_refused_and_is_not_fails():
+    entry = dataclasses.replace(NORMS["batch"], min_dim=1)
+    with pytest.raises(AssertionError, match="dim=0 was not refused"):
+        CHECKS["dims"](NormCase(entry.layer, (1,), entry))
+
+
+def test_an_option_that_the_text_leaves_out_fails():
+    with pytest.raises(AssertionError, match=r"eps=0\.5 is not in"):
+        CHECKS["text"](NormCase(Instance, (1,), None, {"eps": 0.5}))
+
+
+def test_check_norm_takes_names_layers_and_options():
+    check_norm("layer", dims=(0, 2), over="channels")
+    check_norm(Instance, dims=(1, 2))
+    with pytest.raises(AssertionError):
+        check_norm(Transposes, dims=(2,))
+
+
+def test_a_case_for_each_example_and_only_dims_that_the_norm_takes():
+    assert len(norm_cases("batch")) == len(NORMS["batch"].examples)
+    assert [case.dims for case in norm_cases("instance")] == [(1, 2, 3)]
+    assert norm_cases(NORMS["batch"].layer) == norm_cases("batch")
+    assert [str(case) for case in norm_cases("ghost_batch", ghost_size=2)] == ["ghost_batch-ghost_size=2"]
