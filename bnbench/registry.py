@@ -47,12 +47,17 @@ class Registry(Mapping[str, T], Generic[T]):
     def _discover(self) -> None:
         if self._discovered:
             return
+        # Set first, since a module that is imported here may look an entry up.
         self._discovered = True
-        package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{module.name}")
-        for point in entry_points(group=self.package):
-            point.load()
+        try:
+            package = importlib.import_module(self.package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+            for point in entry_points(group=self.package):
+                point.load()
+        except BaseException:
+            self._discovered = False
+            raise
 
     def __getitem__(self, name: str) -> T:
         self._discover()

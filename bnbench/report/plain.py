@@ -117,7 +117,13 @@ def claim_lines(report: Report) -> RichTable:
     table = RichTable(title="The article's claims", title_justify="left", box=box.SIMPLE)
     for head in ("claim", "verdict", "p (Holm)", "in one sentence"):
         table.add_column(head, overflow="fold")
+    untested = [claim.id for claim, verdict in in_order(report) if status(verdict) == "NOT TESTED"]
+    if untested:
+        table.caption = Text(f"No study of this run speaks of {', '.join(untested)}.")
+        table.caption_justify = "left"
     for claim, verdict in in_order(report):
+        if claim.id in untested:
+            continue
         smallest = min((c.p_holm for c in verdict.cells if c.p_holm is not None), default=None)
         decision = Text(status(verdict), style=_TERMINAL_COLOURS[status(verdict)])
         table.add_row(
