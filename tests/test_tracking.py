@@ -1,0 +1,647 @@
+"""Publishing the record to MLflow, with real SQLite stores; servers are in test_tracking_server.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bnbench.record import Record
+from bnbench.registry import BadInput
+from bnbench.study.table import Entry, Table
+from bnbench.study.trial import Trial
+from bnbench.tracking import Counts, LiveLog, Place, Publisher, mask, open_store, publish, tracking_uri
+from bnbench.tracking.live import live_path, read_live
+from bnbench.tracking.store import Store
+from tests.tracking_records import (
+    LR,
+    REPLICATES,
+    STUDY_HASH,
+    doctored_record,
+    failed,
+    history_of,
+    result,
+    runs_of,
+    snapshot,
+    verdict,
+)
+
+# MLflow and SQLAlchemy use what each other has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+Published = tuple[Store, Counts, Table]
+MAIN, TUNING = "bnbench/pilot/quick", "bnbench/pilot/quick/tuning"
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new MLflow database, made once in a working folder of its own: its schema takes seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    with contextlib.chdir(folder):
+        open_store(tracking_uri(None, {}, Path("runs")), Path("runs"))
+    _close_connections()
+    return folder / "runs" / "mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Published:
+    """A record that was published once, for tests that only look."""
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
+    store = open_store(tracking_uri(None, {}, folder), folder)
+    with doctored_record(folder) as record:
+        counts = publish(record, store)
+        return store, counts, record.table(STUDY_HASH)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, empty_store: Path) -> Path:
+    folder = tmp_path / "rüns 1%"
+    folder.mkdir()
+    (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def store(runs: Path) -> Store:
+    return open_store(tracking_uri(None, {}, runs), runs)
+
+
+def test_flag_beats_environment_beats_the_runs_folder(tmp_path: Path) -> None:
+    environ = {"MLFLOW_TRACKING_URI": "http://b:1/"}
+    assert tracking_uri("http://a:1", environ, tmp_path) == "http://a:1"
+    assert tracking_uri(None, environ, tmp_path) == "http://b:1"
+    assert tracking_uri(None, {}, tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri("sqlite:///x.db", {}, tmp_path) == f"sqlite:///{Path.cwd()}/x.db"
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "mlruns", "/tmp/mlruns", "file:///tmp/mlruns", "file:mlruns"])
+def test_folders_are_refused_with_the_remedy(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="sqlite:///"):
+        tracking_uri(uri, {}, tmp_path)
+    with pytest.raises(BadInput, match="MLFLOW_TRACKING_URI"):
+        tracking_uri(None, {"MLFLOW_TRACKING_URI": uri}, tmp_path)
+
+
+@given(
+    st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=5),
+    st.sampled_from(["", "/db", "/db?a=1"]),
+)
+def test_no_password_is_shown(password: str, tail: str) -> None:
+    shown = mask(f"postgresql://HOST:{password}@[::1]:5432{tail}")
+    assert shown == f"postgresql://HOST:***@[::1]:5432{tail}"
+
+
+def test_passwords_in_a_query_are_masked_and_other_addresses_stay() -> None:
+    assert mask("postgresql://h/db?user=u&password=x&sslmode=require") == (
+        "postgresql://h/db?user=u&password=***&sslmode=require"
+    )
+    for uri in ("http://h:5000", "sqlite:////a/b@c:d.db", "http://me@h:1/x"):
+        assert mask(uri) == uri
+
+
+def test_importing_the_package_does_not_import_mlflow() -> None:
+    code = "import sys, bnbench.tracking; print({'mlflow', 'sqlalchemy', 'scipy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_new_store_keeps_everything_under_runs(empty_store: Path) -> None:
+    with sqlite3.connect(empty_store) as db:
+        ((place,),) = db.execute("SELECT artifact_location FROM experiments")
+    db.close()
+    assert place.startswith(f"{empty_store.parent.as_uri()}/mlartifacts")
+    assert [p.name for p in empty_store.parent.parent.iterdir()] == ["runs"]
+
+
+def test_every_recorded_thing_has_its_run(published: Published) -> None:
+    store, counts, _ = published
+    main, tuning = runs_of(store, MAIN), runs_of(store, TUNING)
+    assert Counter(r.data.tags["bnbench.level"] for r in main) == {
+        "arm": 2,
+        "training": 2 * 2 * REPLICATES,
+        "verdict": 1,
+    }
+    assert Counter(r.data.tags["bnbench.level"] for r in tuning) == {"grid": 2 * REPLICATES}
+    assert counts.published == len(main) + len(tuning)
+    assert (counts.left, counts.error) == (0, "")
+    assert {r.info.status for r in (*main, *tuning)} == {"FINISHED"}
+    names = {r.info.run_name for r in main}
+    assert {"cnn-mnist1d · batch", "cnn-mnist1d-batch-s0", "cnn-mnist1d-batch-s1-common"} <= names
+    assert f"verdict · {STUDY_HASH}" in names
+    parents = {r.info.run_id: r for r in main if r.data.tags["bnbench.level"] == "arm"}
+    for run in main:
+        if run.data.tags["bnbench.level"] == "training":
+            parent = parents[run.data.tags["mlflow.parentRunId"]]
+            assert parent.data.tags["bnbench.arm"] == run.data.tags["bnbench.arm"]
+            assert len(run.data.metrics) <= 15
+
+
+def test_a_training_has_its_row_its_numbers_and_its_curve(published: Published) -> None:
+    store, _, table = published
+    (entry,) = [e for e in table.of(arm="batch", roles=["own"]) if e.replicate == 1]
+    run = next(r for r in runs_of(store, MAIN) if r.info.run_name == "cnn-mnist1d-batch-s1")
+    assert {
+        k: run.data.params[k] for k in ("model", "norm", "batch_size", "nbs", "seed", "lr", "clip_norm")
+    } == {
+        "model": "cnn",
+        "norm": "batch",
+        "batch_size": "64",
+        "nbs": "64",
+        "seed": "1",
+        "lr": str(entry.trial.lr),
+        "clip_norm": "0.5",
+    }
+    assert run.data.metrics["test/acc"] == entry["test/acc"]
+    assert run.data.metrics["val/acc"] == entry["val/acc"]  # The final value, not the curve's last.
+    assert "chance" not in run.data.metrics
+    assert run.info.start_time == round(entry.result.provenance["started"] * 1000)
+    assert run.info.end_time == round(entry.result.provenance["finished"] * 1000)
+    history = history_of(store, run.info.run_id, "val/loss")
+    assert [(m.step, m.value) for m in history if m.timestamp < run.info.end_time] == list(
+        zip(entry.result.curve["step"], entry.result.curve["val/loss"], strict=True)
+    )
+    assert run.data.tags["bnbench.key"] == entry.trial.key
+    assert run.data.tags["bnbench.git"] == "abc123"
+    row = json.loads(Path(store.client.download_artifacts(run.info.run_id, "trial.json")).read_text())
+    assert Trial(**row) == entry.trial
+    outcome = json.loads(Path(store.client.download_artifacts(run.info.run_id, "result.json")).read_text())
+    assert outcome["metrics"] == dict(entry.result.metrics)
+
+
+def test_an_arm_shows_mean_interval_and_count(published: Published) -> None:
+    store, _, table = published
+    own = table.of(arm="batch", roles=["own"])
+    run = next(r for r in runs_of(store, MAIN) if r.info.run_name == "cnn-mnist1d · batch")
+    scores = [e["test/acc"] for e in own]
+    mean = sum(scores) / 3
+    half = (
+        4.302652729911275 * math.sqrt(sum((x - mean) ** 2 for x in scores) / 2) / math.sqrt(3)
+    )  # t(.975; 2)
+    metrics = run.data.metrics
+    assert metrics["test/acc_mean"] == pytest.approx(mean, abs=1e-12)
+    assert metrics["test/acc_low"] == pytest.approx(mean - half, abs=1e-9)
+    assert metrics["test/acc_high"] == pytest.approx(mean + half, abs=1e-9)
+    assert (metrics["n"], metrics["n_diverged"]) == (3, 0)
+    assert metrics["lr_median"] == sorted(e.trial.lr for e in own)[1]
+    assert run.data.tags["bnbench.verdict"] == "speed: SUPPORTED"
+    assert "seed" not in run.data.params and "lr" not in run.data.params
+    assert run.data.params["model"] == "cnn"
+
+
+def test_a_search_is_one_run_with_its_trainings_as_a_table(published: Published) -> None:
+    store, _, table = published
+    grid = [e for e in table.of(arm="none", roles=["tune"]) if e.replicate == 2]
+    (own,) = [e for e in table.of(arm="none", roles=["own"]) if e.replicate == 2]
+    run = next(r for r in runs_of(store, TUNING) if r.info.run_name == "cnn-mnist1d-none-s2")
+    history = history_of(store, run.info.run_id, "val/acc")
+    assert [(m.step, m.value) for m in history] == [(i, e["val/acc"]) for i, e in enumerate(grid)]
+    assert run.data.params["lr"] == str(own.trial.lr)
+    shown = json.loads(Path(store.client.download_artifacts(run.info.run_id, "trainings.json")).read_text())
+    rows = [dict(zip(shown["columns"], row, strict=True)) for row in shown["data"]]
+    assert [(row["lr"], row["key"], row["val/acc"]) for row in rows] == [
+        (e.trial.lr, e.trial.key, e["val/acc"]) for e in grid
+    ]
+
+
+def test_a_sweep_stands_below_its_arm_as_one_run_a_replicate(runs: Path, store: Store) -> None:
+    with doctored_record(runs, role="sweep") as record:
+        publish(record, store)
+    main = runs_of(store, MAIN)
+    assert Counter(r.data.tags["bnbench.level"] for r in main) == {
+        "arm": 2,
+        "grid": 2 * REPLICATES,
+        "verdict": 1,
+    }
+    assert not runs_of(store, TUNING)
+    arm = next(r for r in main if r.info.run_name == "cnn-mnist1d · batch")
+    grids = [r for r in main if r.data.tags.get("mlflow.parentRunId") == arm.info.run_id]
+    best = [max(m.value for m in history_of(store, g.info.run_id, "val/acc")) for g in grids]
+    assert arm.data.metrics["val/acc_mean"] == pytest.approx(sum(best) / REPLICATES)
+
+
+def test_the_verdict_run_has_question_table_and_files(runs: Path, store: Store, tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "index.html").write_text("<p>report")
+    with doctored_record(runs) as record:
+        publish(record, store, artifacts={STUDY_HASH: [report]})
+        again = publish(record, store)
+    assert again.published == 0  # Files that are not given now may stay.
+    run = next(r for r in runs_of(store, MAIN) if r.data.tags["bnbench.level"] == "verdict")
+    note = run.data.tags["mlflow.note.content"]
+    assert "Does it help?" in note and "| 0 | speed | cnn-mnist1d | 1.5 pp | 0.5 … 2.5 |" in note
+    assert "bnbench run pilot --preset quick" in note
+    assert run.data.metrics["effect/mean"] == 1.5
+    assert run.data.tags["bnbench.verdict"] == "1 SUPPORTED"
+    files = {f.path for f in store.client.list_artifacts(run.info.run_id)}
+    assert files == {"definition.json", "verdicts.json", "report"}
+
+
+def test_a_note_too_long_for_a_tag_is_cut_between_rows(runs: Path, store: Store) -> None:
+    with doctored_record(runs) as record:
+        record.keep_verdicts(STUDY_HASH, [verdict(f"h{i}") for i in range(200)])
+        publish(record, store)
+    run = next(r for r in runs_of(store, MAIN) if r.data.tags["bnbench.level"] == "verdict")
+    note = run.data.tags["mlflow.note.content"]
+    assert len(note) <= 8000
+    assert note.count("(at_least_delta) |\n") == note.count(" | cnn-mnist1d | ")
+    assert "verdicts.json" in note and "bnbench run pilot" in note
+
+
+def test_publishing_twice_adds_nothing(runs: Path, store: Store) -> None:
+    with doctored_record(runs) as record:
+        publish(record, store)
+        before = snapshot(runs)
+        counts = publish(record, open_store(store.uri, runs))
+        assert (counts.published, counts.left) == (0, 0)
+    assert snapshot(runs) == before
+
+
+def test_a_record_that_forgot_what_it_sent_adds_nothing(runs: Path, store: Store) -> None:
+    with doctored_record(runs) as record:
+        record.keep_verdicts(STUDY_HASH, [])
+        publish(record, store)
+        before = snapshot(runs)
+        for item in record.published(store.shown):
+            record.forget_published(store.shown, item)
+        counts = publish(record, store)
+        assert counts.published == sum(before["runs"].values())
+    assert snapshot(runs) == before
+
+
+def test_two_records_never_share_a_run(runs: Path, store: Store, tmp_path: Path) -> None:
+    for folder in (runs, tmp_path / "other"):
+        with doctored_record(folder, replicates=range(1)) as record:
+            publish(record, store)
+    assert len(runs_of(store, MAIN)) == 2 * 7
+
+
+def test_new_rows_are_added_and_sums_brought_up_to_date(runs: Path, store: Store) -> None:
+    with doctored_record(runs, replicates=range(2)) as record:
+        publish(record, store)
+        before = {r.info.run_id for r in runs_of(store, MAIN)}
+        with doctored_record(runs, replicates=range(2, 3)) as more:
+            counts = publish(more, store)
+    assert counts.published == 2 + 2 * 2 + 2  # Arms, trainings, searches.
+    main = runs_of(store, MAIN)
+    assert before <= {r.info.run_id for r in main}
+    arm = next(r for r in main if r.info.run_name == "cnn-mnist1d · batch")
+    assert arm.data.metrics["n"] == 3
+    history = history_of(store, arm.info.run_id, "test/acc_mean")
+    assert [m.step for m in history] == [2, 3]
+
+
+def test_a_deleted_run_and_a_deleted_experiment_come_back(runs: Path, store: Store) -> None:
+    with doctored_record(runs) as record:
+        publish(record, store)
+        names = Counter(r.info.run_name for r in runs_of(store, MAIN))
+        run = next(r for r in runs_of(store, MAIN) if r.info.run_name == "cnn-mnist1d-batch-s1")
+        store.client.delete_run(run.info.run_id)
+        store.client.delete_experiment(store.client.get_experiment_by_name(TUNING).experiment_id)
+        assert publish(record, store).error == ""
+    assert Counter(r.info.run_name for r in runs_of(store, MAIN)) == names
+    assert len(runs_of(store, TUNING)) == 2 * REPLICATES
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", *(pytest.param(d, marks=pytest.mark.slow) for d in ("lost", "overwritten"))]
+)
+def test_a_lost_or_broken_store_is_built_again(damage: str, runs: Path, store: Store) -> None:
+    path = runs / "mlflow.db"
+    with doctored_record(runs) as record:
+        first = publish(record, store)
+        _close_connections()  # Another process would have none to the file that is gone.
+        if damage == "lost":
+            path.unlink()
+        elif damage == "truncated":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        else:
+            path.write_bytes(b"not a database" * 1000)
+        again = open_store(store.uri, runs)
+        counts = publish(record, again)
+    assert (damage == "lost") == (again.notice == "")
+    assert counts.published == first.published
+    assert len(runs_of(again, MAIN)) == 15
+
+
+def _close_connections() -> None:
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    for engine in SqlAlchemyStore._engine_map.values():
+        engine.dispose()
+
+
+def test_another_store_that_is_broken_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / "mine.db"
+    other.write_bytes(b"precious" * 1000)
+    with pytest.raises(BadInput, match=r"mine\.db"):
+        open_store(f"sqlite:///{other}", tmp_path / "runs")
+    assert other.read_bytes() == b"precious" * 1000
+
+
+def test_a_store_of_another_mlflow_version_is_left_alone(runs: Path) -> None:
+    with sqlite3.connect(runs / "mlflow.db") as db:
+        db.execute("UPDATE alembic_version SET version_num = 'abcdefabcdef'")
+    db.close()
+    with pytest.raises(BadInput, match="mlflow db upgrade"):
+        open_store(tracking_uri(None, {}, runs), runs)
+
+
+def test_long_values_are_never_lost(runs: Path, store: Store) -> None:
+    options = {"text": "x" * 7000}
+    with doctored_record(runs, model_options=options) as record:
+        assert publish(record, store).error == ""
+    run = next(r for r in runs_of(store, MAIN) if r.info.run_name == "cnn-mnist1d-batch-s1")
+    assert "artifacts" in run.data.params["model_options"]
+    row = json.loads(Path(store.client.download_artifacts(run.info.run_id, "trial.json")).read_text())
+    assert row["model_options"] == options
+
+
+def test_thousands_of_points_are_sent_whole(runs: Path, store: Store) -> None:
+    steps = tuple(float(s) for s in range(1000))
+    curve = {"step": steps, "val/acc": tuple(s / 2000 for s in steps)}
+    with doctored_record(runs, replicates=range(1), curve=curve) as record:
+        assert publish(record, store).error == ""
+    run = next(r for r in runs_of(store, MAIN) if r.info.run_name == "cnn-mnist1d-batch-s0")
+    history = history_of(store, run.info.run_id, "val/acc")
+    assert len({(m.step, m.value) for m in history}) == 1001
+
+
+def test_diverged_and_failed_trainings_are_told_apart_and_nothing_infinite_is_sent(
+    runs: Path, store: Store
+) -> None:
+    with doctored_record(runs) as record:
+        trial = Trial(model="cnn", seed=90, data_seed=90, score_on="test")
+        wild = result(
+            trial,
+            status="diverged",
+            reason="loss was not finite",
+            **{"train/loss": math.inf, "test/loss": math.nan},
+        )
+        broken = failed(trial.replace(seed=91))
+        record.append([(trial, wild), (trial.replace(seed=91), broken)])
+        record.enroll(
+            STUDY_HASH,
+            [
+                Entry("cnn-mnist1d", "batch", 90, "own", trial, wild),
+                Entry("cnn-mnist1d", "batch", 91, "own", trial.replace(seed=91), broken),
+            ],
+        )
+        assert publish(record, store).error == ""
+        by_name = {r.info.run_name: r for r in runs_of(store, MAIN)}
+        diverged, lost = by_name["cnn-mnist1d-batch-s90"], by_name["cnn-mnist1d-batch-s91"]
+        assert (diverged.info.status, diverged.data.tags["bnbench.status"]) == ("FINISHED", "diverged")
+        assert all(math.isfinite(v) and v < 1e300 for v in diverged.data.metrics.values())
+        assert "train/loss" not in diverged.data.metrics
+        assert (lost.info.status, lost.data.tags["bnbench.status"]) == ("FAILED", "failed")
+        text = Path(store.client.download_artifacts(lost.info.run_id, "traceback.txt")).read_text()
+        assert "ZeroDivisionError" in text
+        arm = by_name["cnn-mnist1d · batch"].data.metrics
+        assert (arm["n"], arm["n_diverged"]) == (4, 1)
+
+        # Trained again with success: another run takes its place.
+        record.append([(trial.replace(seed=91), result(trial.replace(seed=91), started=9000.0))])
+        assert publish(record, store).error == ""
+    after = [r for r in runs_of(store, MAIN) if r.info.run_name == "cnn-mnist1d-batch-s91"]
+    assert [r.info.status for r in after] == ["FINISHED"]
+
+
+def test_an_interrupted_publishing_is_completed_by_the_next(
+    runs: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    steps = ["create_run", "log_batch", "log_artifacts", "set_terminated"]
+    with doctored_record(runs) as record:
+        for number, step in enumerate(steps * 2):
+            calls = 0
+
+            def dying(*args: Any, _step: str = step, _at: int = number, **named: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                done = getattr(type(store.client), _step)(store.client, *args, **named)
+                if calls > _at % 3:
+                    raise Killed
+                return done
+
+            with monkeypatch.context() as patch:
+                patch.setattr(store.client, step, dying)
+                with pytest.raises(Killed):
+                    publish(record, store)
+        assert publish(record, store).error == ""
+        main = runs_of(store, MAIN)
+        assert Counter(r.info.run_name for r in main).most_common(1)[0][1] == 1
+        assert len(main) == 15
+        assert len(runs_of(store, TUNING)) == 2 * REPLICATES
+        assert {r.info.status for r in (*main, *runs_of(store, TUNING))} == {"FINISHED"}
+        assert all(len(history_of(store, r.info.run_id, "test/acc")) <= 1 for r in main)
+
+
+def test_a_live_log_is_silent_at_first_and_then_tells_all(tmp_path: Path) -> None:
+    now = [100.0]
+    live_path(tmp_path, "k").parent.mkdir()
+    live_path(tmp_path, "k").write_text("of an earlier attempt\n")
+    log = LiveLog(tmp_path, "k", 100.0, after=30.0, clock=lambda: now[0])
+    log.write(1, {"val/acc": 0.1})
+    assert read_live(live_path(tmp_path, "k")) is None
+    now[0] = 131.0
+    log.write(2, {"val/acc": 0.2})
+    with live_path(tmp_path, "k").open("a") as file:
+        file.write('{"step": 3, "ti')
+    live = read_live(live_path(tmp_path, "k"))
+    assert live is not None and live.started == 100.0
+    assert live.points == (
+        {"step": 1, "time": 100.0, "val/acc": 0.1},
+        {"step": 2, "time": 131.0, "val/acc": 0.2},
+    )
+
+
+def _wait(holds: Any, seconds: float = 15.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def test_a_run_shown_in_a_place_that_gets_no_row_ends_as_killed(runs: Path, store: Store) -> None:
+    trial = Trial(model="cnn", seed=50, data_seed=50, lr=0.3, steps=100, score_on="test")
+    with doctored_record(runs) as record:
+        publisher = Publisher(store, runs / "bnbench.db", runs, look_every=0.05)
+        publisher.start()
+        publisher.expect([Place(STUDY_HASH, "cnn-mnist1d", "layer", 50, "own", trial)])
+        started = time.time() - 40
+        log = LiveLog(runs, trial.key, started)
+        log.write(10, {"val/acc": 0.25, "val/loss": 2.0})
+
+        def shown() -> list[Any]:
+            return [r for r in runs_of(store, MAIN) if r.info.run_name == "cnn-mnist1d-layer-s50"]
+
+        _wait(lambda: shown() and "val/acc" in shown()[0].data.metrics)
+        (early,) = shown()
+        assert early.info.status == "RUNNING"
+        assert (early.data.metrics["val/acc"], early.data.params["lr"]) == (0.25, "0.3")
+        curve = {"step": (10.0, 20.0), "val/acc": (0.25, 0.5), "val/loss": (2.0, 1.0)}
+        final = result(trial, started=started, curve=curve)
+        record.append([(trial, final)])
+        record.enroll(STUDY_HASH, [Entry("cnn-mnist1d", "batch", 50, "own", trial, final)])
+        publisher.close()
+    assert [r.info.status for r in shown()] == ["KILLED"]
+
+
+def test_the_live_run_is_the_final_run_and_no_point_is_there_twice(runs: Path, store: Store) -> None:
+    trial = Trial(model="cnn", seed=50, data_seed=50, lr=0.3, steps=100, score_on="test")
+    with doctored_record(runs) as record:
+        publisher = Publisher(store, runs / "bnbench.db", runs, look_every=0.05)
+        publisher.start()
+        publisher.expect([Place(STUDY_HASH, "cnn-mnist1d", "batch", 50, "own", trial)])
+        started = time.time() - 40
+        log = LiveLog(runs, trial.key, started)
+        log.write(10, {"val/acc": 0.25, "val/loss": 2.0})
+
+        def shown() -> list[Any]:
+            return [r for r in runs_of(store, MAIN) if r.info.run_name == "cnn-mnist1d-batch-s50"]
+
+        _wait(lambda: shown() and "val/acc" in shown()[0].data.metrics)
+        curve = {"step": (10.0, 20.0), "val/acc": (0.25, 0.5), "val/loss": (2.0, 1.0)}
+        final = result(trial, started=started, curve=curve)
+        record.append([(trial, final)])
+        record.enroll(STUDY_HASH, [Entry("cnn-mnist1d", "batch", 50, "own", trial, final)])
+        publisher.notify(STUDY_HASH)
+        early = shown()[0].info.run_id
+        counts = publisher.close()
+    assert counts.left == 0 and publisher.problem == ""
+    (run,) = shown()
+    assert (run.info.run_id, run.info.status, run.data.tags["bnbench.status"]) == (early, "FINISHED", "done")
+    history = history_of(store, early, "val/acc")
+    assert [(m.step, m.value) for m in history] == [(10, 0.25), (20, 0.5), (100, final.metrics["val/acc"])]
+    assert not list((runs / "live").glob("*"))
+
+
+def test_a_long_search_says_how_far_its_trainings_are(runs: Path, store: Store) -> None:
+    trials = [Trial(model="cnn", seed=50, data_seed=50, lr=lr, steps=100) for lr in LR]
+    with doctored_record(runs):
+        publisher = Publisher(store, runs / "bnbench.db", runs, look_every=0.05)
+        publisher.start()
+        publisher.expect([Place(STUDY_HASH, "cnn-mnist1d", "batch", 50, "tune", t) for t in trials])
+        for trial in trials[:2]:
+            LiveLog(runs, trial.key, time.time(), after=0).write(40, {"val/acc": 0.5})
+
+        def note() -> str:
+            shown = [r for r in runs_of(store, TUNING) if r.data.tags["bnbench.replicate"] == "50"]
+            return shown[0].data.tags.get("mlflow.note.content", "") if shown else ""
+
+        _wait(lambda: note().count("step 40 of 100, val/acc 0.5") == 2)
+        publisher.close()
+    (run,) = [r for r in runs_of(store, TUNING) if r.data.tags["bnbench.replicate"] == "50"]
+    assert run.info.status == "KILLED"  # Nothing of it is in the record, and nothing trains it any more.
+
+
+def test_what_a_killed_coordinator_left_running_is_swept(runs: Path, store: Store) -> None:
+    trial = Trial(model="cnn", seed=50, data_seed=50, lr=0.3, steps=100, score_on="test")
+    script = f"""
+import os, time
+from pathlib import Path
+from bnbench.tracking import LiveLog, Place, Publisher, open_store
+from bnbench.study.trial import trial_from
+runs = Path({str(runs)!r})
+trial = trial_from({trial.changed()!r})
+publisher = Publisher(open_store({store.uri!r}, runs), runs / "bnbench.db", runs, look_every=0.05)
+publisher.start()
+publisher.expect([Place({STUDY_HASH!r}, "cnn-mnist1d", "batch", 50, "own", trial)])
+LiveLog(runs, trial.key, time.time(), after=0).write(10, {{"val/acc": 0.25}})
+while True:
+    time.sleep(1)
+"""
+    with doctored_record(runs) as record:
+        child = subprocess.Popen([sys.executable, "-c", script])
+        try:
+
+            def mark() -> str:
+                marks = record.published(store.shown).items()
+                return next((m for item, (_, m) in marks if item.endswith(trial.key)), "")
+
+            _wait(lambda: mark().endswith(" 10"), 30)
+        finally:
+            child.kill()
+            child.wait()
+        publisher = Publisher(store, runs / "bnbench.db", runs, look_every=0.05)
+        publisher.start()
+        _wait(lambda: not mark())
+        publisher.close()
+    left = Counter(r.info.status for r in runs_of(store, MAIN))
+    assert left["RUNNING"] == 0
+    assert left["KILLED"] == 2  # The training, and its arm, which had no result yet.
+
+
+def test_trouble_is_told_in_one_line_and_the_rest_is_sent_when_it_is_over(
+    runs: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.exceptions import MlflowException
+
+    calls = 0
+
+    def dying(*args: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise MlflowException("no\nroute")
+        return type(store.client).create_run(store.client, *args, **named)
+
+    with doctored_record(runs) as record:
+        publisher = Publisher(store, runs / "bnbench.db", runs, look_every=0.05)
+        with monkeypatch.context() as patch:
+            patch.setattr(store.client, "create_run", dying)
+            publisher.start()
+            publisher.notify(STUDY_HASH)
+            _wait(lambda: publisher.problem)
+            assert "(no route)" in publisher.problem and "bnbench publish" in publisher.problem
+            assert len(record.published(store.shown)) == 4
+        _wait(lambda: not publisher.problem)
+        counts = publisher.close()
+    assert (counts.left, publisher.problem) == (0, "")
+    assert len(runs_of(store, MAIN)) == 15
+    assert len(runs_of(store, TUNING)) == 2 * REPLICATES
+
+
+def test_a_second_attempt_is_another_run(runs: Path, store: Store) -> None:
+    trial = Trial(model="cnn", seed=50, data_seed=50, lr=0.3, steps=100, score_on="test")
+    with doctored_record(runs):
+        publisher = Publisher(store, runs / "bnbench.db", runs, look_every=0.05)
+        publisher.start()
+        publisher.expect([Place(STUDY_HASH, "cnn-mnist1d", "batch", 50, "own", trial)])
+
+        def steps() -> list[tuple[str, list[int]]]:
+            shown = [r for r in runs_of(store, MAIN) if r.info.run_name == "cnn-mnist1d-batch-s50"]
+            shown.sort(key=lambda r: r.info.start_time)
+            return [
+                (r.info.status, [m.step for m in history_of(store, r.info.run_id, "val/acc")]) for r in shown
+            ]
+
+        LiveLog(runs, trial.key, 1000.0, after=0).write(10, {"val/acc": 0.25})
+        _wait(lambda: steps() == [("RUNNING", [10])])
+        LiveLog(runs, trial.key, 2000.0, after=0).write(5, {"val/acc": 0.125})
+        _wait(lambda: steps() == [("KILLED", [10]), ("RUNNING", [5])])
+        publisher.close()
+
+
+def test_record_is_untouched_by_publishing_but_for_its_notes(runs: Path, store: Store) -> None:
+    with doctored_record(runs) as record:
+        before = list(record.rows())
+        publish(record, store)
+        assert list(record.rows()) == before
+    fresh = Record(runs / "bnbench.db")
+    assert fresh.published(store.shown)
+    fresh.close()
