@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
-from verdict_tables import (
+from tests.verdict_tables import (
     DELTA,
     GOOD,
     GRID,

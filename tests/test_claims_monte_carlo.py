@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from verdict_tables import DELTA, effect, hypothesis, judge_one, row, rows, study
+from tests.verdict_tables import DELTA, effect, hypothesis, judge_one, row, rows, study
 
 from bnbench.study import Table
 from bnbench.study.claims import judge

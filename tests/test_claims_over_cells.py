@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
-from verdict_tables import GOOD, between, changed, hypothesis, judge_one, study
+from tests.verdict_tables import GOOD, between, changed, hypothesis, judge_one, study
 
 from bnbench.registry import BadInput
 from bnbench.study import Table

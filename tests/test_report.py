@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from doctored_results import CLAIMS, doctored_report, doctored_studies
+from tests.doctored_results import CLAIMS, doctored_report, doctored_studies
 from rich.console import Console
 
 from bnbench.registry import BadInput

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from doctored_results import doctored_report, doctored_studies
+from tests.doctored_results import doctored_report, doctored_studies
 from hypothesis import given
 from hypothesis import strategies as st
 

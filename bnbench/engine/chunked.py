@@ -1,0 +1,227 @@
+"""The engine's trainer: NormClassifier with manual optimization, many steps a `training_step`.
+
+On small networks Python is the bottleneck. A batch of the loader is here a block of up to 32 steps; the
+steps inside it cost a forward pass, one `torch.autograd.grad` and one fused update each, and nothing in
+them waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from bnbench.data import Arrays, augmentation, generator, seed_of, step_indices
+from bnbench.lit import NormClassifier, learning_rate_factor, split_parameters
+from bnbench.norms.base import FollowsProgress
+from bnbench.registry import BadInput
+
+BLOCK_STEPS = 32
+
+
+class Blocks:
+    """The steps [start, stop) as blocks of up to 32, cut at every one of `cuts`; ends early when told to."""
+
+    def __init__(self, start: int, stop: int, cuts: Sequence[int], ended: Callable[[], bool]) -> None:
+        edges = {stop, *(cut for cut in cuts if start < cut < stop)}
+        self.blocks: list[tuple[int, int]] = []
+        at = start
+        while at < stop:
+            end = min(min(edge for edge in edges if edge > at), at + BLOCK_STEPS)
+            self.blocks.append((at, end))
+            at = end
+        self._ended = ended
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for block in self.blocks:
+            if self._ended():
+                return
+            yield block
+
+
+def count_steps(trainer: L.Trainer, steps: int) -> None:
+    """Add optimizer steps to `trainer.global_step`, which by itself counts calls of its optimizers."""
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    progress.total.ready += steps
+    progress.total.completed += steps
+
+
+class FusedSGD:
+    """SGD with momentum as one fused call a parameter group; buffers are plain tensors.
+
+    v ← μ·v + (g + λ·w), w ← w − η·v, the first v being the first gradient: torch.optim.SGD's rule.
+    """
+
+    def __init__(self, groups: Sequence[tuple[Sequence[nn.Parameter], float]], momentum: float) -> None:
+        self.groups: list[tuple[list[Tensor], float]] = [(list(p), decay) for p, decay in groups if p]
+        self.momentum = momentum
+        # The kernel takes no buffers where there is no momentum.
+        self.buffers = [
+            [torch.zeros_like(p) for p in parameters] if momentum else [] for parameters, _ in self.groups
+        ]
+        self.parameters = [p for parameters, _ in self.groups for p in parameters]
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
+        """Update all parameters; the gradients come in the order of `parameters`."""
+        update = _update_fused if hasattr(torch, "_fused_sgd_") else _update_plain
+        # The kernel reads memory in order, and misreads a gradient that lies otherwise than its parameter.
+        laid_out = [
+            g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+            for g, p in zip(gradients, self.parameters, strict=True)
+        ]
+        at = 0
+        for (parameters, decay), buffers in zip(self.groups, self.buffers, strict=True):
+            update(parameters, laid_out[at : at + len(parameters)], buffers, decay, self.momentum, lr)
+            at += len(parameters)
+
+
+def _update_fused(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    decay: float,
+    momentum: float,
+    lr: float,
+) -> None:
+    # A zero buffer makes the first step v = g, as torch's does, without a case of its own.
+    torch._fused_sgd_(
+        parameters,
+        gradients,
+        buffers,
+        weight_decay=decay,
+        momentum=momentum,
+        lr=lr,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
+def _update_plain(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    buffers: list[Tensor],
+    decay: float,
+    momentum: float,
+    lr: float,
+) -> None:
+    # The fused kernel is private to torch: where it is missing, the same rule in public operations.
+    steps = [gradient.add(p, alpha=decay) for gradient, p in zip(gradients, parameters, strict=True)]
+    if momentum:
+        steps = [b.mul_(momentum).add_(step) for b, step in zip(buffers, steps, strict=True)]
+    for parameter, step in zip(parameters, steps, strict=True):
+        parameter.sub_(step, alpha=lr)
+
+
+class ChunkedClassifier(NormClassifier):
+    """NormClassifier as the engine trains it: on data in memory, by blocks of steps, from a given seed.
+
+    Every random draw is a pure function of the seed and the step, so a run that goes on from a checkpoint
+    is bitwise the undisturbed one. `after_block(step)` is called after each block with the number of steps
+    done; `last_losses` are those of its steps. A non-finite loss ends the training and sets `diverged`. A
+    parameter that the model leaves unused gets a gradient of zero. The Trainer's own clipping and
+    accumulation are refused by Lightning, as always with manual optimization.
+
+    Raises BadInput, beside what :class:`NormClassifier` raises, for an unknown augmentation, a batch larger
+    than the data, and `steps` that are not given.
+    """
+
+    not_saved = ("train", "after_block")
+
+    def __init__(
+        self,
+        *,
+        train: Arrays,
+        batch_size: int,
+        training_seed: tuple[int | str, ...],
+        augment: str = "none",
+        clip_norm: float | None = None,
+        after_block: Callable[[int], None] = lambda step: None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        if not self.hparams["steps"]:
+            raise BadInput(
+                f"steps is {self.hparams['steps']!r}; give the number of training steps, 1 or more"
+            )
+        step_indices(len(train), batch_size, 0, 0)
+        self.automatic_optimization = False
+        self.train_arrays = train
+        self.batch_size = batch_size
+        self.training_seed = training_seed
+        self.augment = augmentation(augment, tuple(train.x.shape[1:])) if augment != "none" else None
+        self.clip_norm = clip_norm
+        self.after_block = after_block
+        self.diverged = False
+        self.last_losses: list[float] = []
+        self.optimizer_state: FusedSGD | None = None
+
+    def configure_optimizers(self) -> None:
+        """No optimizer that Lightning could step: :class:`FusedSGD` is made when training starts."""
+
+    def prepare(self) -> FusedSGD:
+        """Make the optimizer for the parameters where they are now."""
+        decayed, free = split_parameters(self.model, self.hparams["decay_norm"])
+        self.optimizer_state = FusedSGD(
+            [(decayed, self.hparams["weight_decay"]), (free, 0.0)], self.hparams["momentum"]
+        )
+        self._ramped = [m for m in self.model.modules() if isinstance(m, FollowsProgress)]
+        return self.optimizer_state
+
+    def on_fit_start(self) -> None:
+        """Make the optimizer, unless someone has loaded a state into it already."""
+        if self.optimizer_state is None:
+            self.prepare()
+
+    def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:  # type: ignore[override]
+        """Do the steps [start, stop) of a block."""
+        start, stop = (int(edge) for edge in batch)
+        x_all, y_all = self.train_arrays.x, self.train_arrays.y
+        indices = step_indices(len(y_all), self.batch_size, start, stop, *self.training_seed).to(x_all.device)
+        losses = []
+        for step, index in enumerate(indices, start):
+            losses.append(self._step(step, x_all.index_select(0, index), y_all.index_select(0, index)))
+        count_steps(self.trainer, stop - start)
+        self.last_losses = torch.stack(losses).tolist()
+        self.diverged = self.diverged or not all(map(math.isfinite, self.last_losses))
+
+    def on_train_batch_end(self, outputs: Any, batch: tuple[int, int], batch_idx: int) -> None:
+        """Report the block, here where Lightning's autocast no longer reigns."""
+        self.after_block(int(batch[1]))
+
+    def _step(self, step: int, x: Tensor, y: Tensor) -> Tensor:
+        optimizer = self.optimizer_state
+        assert optimizer is not None
+        h = self.hparams
+        if self.augment is not None:
+            x = self.augment(x, generator(*self.training_seed, "augment", step))
+        _seed_device(x.device, seed_of(*self.training_seed, "dropout", step))
+        for module in self._ramped:
+            module.set_progress(step / h["steps"])
+        # An autocast that spans a block may keep its copies of the weights, which a step makes out of date.
+        torch.clear_autocast_cache()
+        loss = self.loss(self.model(x), y)
+        gradients = torch.autograd.grad(loss, optimizer.parameters, materialize_grads=True)
+        if self.clip_norm is not None:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            scale = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
+            gradients = tuple(g * scale for g in gradients)
+        factor = learning_rate_factor(step, h["steps"], h["schedule"], h["warmup"])
+        optimizer.step(gradients, h["lr"] * factor)
+        return loss.detach()
+
+
+def _seed_device(device: torch.device, seed: int) -> None:
+    # torch.manual_seed looks at every kind of device and costs as much as a step of a small network.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

@@ -1,0 +1,263 @@
+"""NormClassifier: a classifier with a pluggable normalization as a LightningModule for any Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from bnbench.data.randomness import generator, seed_of
+from bnbench.models import Slot, build_model, initialize
+from bnbench.norms import build_norm
+from bnbench.registry import BadInput, nearest
+
+SCHEDULES = ("constant", "cosine", "trapezoid")
+COOLDOWN = 0.2  # share of the steps over which a trapezoid falls
+
+
+def learning_rate_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
+    """The learning rate of a step (from 0) as a share of its peak.
+
+    It rises linearly over the first `warmup` share of the steps. Then it stays ("constant"), follows half a
+    cosine to 0 ("cosine"; Loshchilov & Hutter, 2017, eq. 5, without restarts), or stays and falls linearly
+    to 0 over the last fifth of the steps ("trapezoid"; a constant rate with cooldown, Hägele et al., 2024).
+    """
+    rising = round(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising))))
+    if schedule == "trapezoid":
+        return min(1.0, max(0.0, (steps - step) / max(1, round(COOLDOWN * steps))))
+    return 1.0
+
+
+def split_parameters(model: nn.Module, decay_norm: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters that weight decay acts on, and those that it leaves alone; frozen ones are in neither.
+
+    Weights of linear maps and convolutions decay. Scales, shifts and biases (one number a feature) only
+    where `decay_norm` asks for it.
+    """
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        is_weight = parameter.ndim > 1 and parameter.numel() > parameter.shape[0]
+        (decayed if is_weight or decay_norm else free).append(parameter)
+    return decayed, free
+
+
+def _own_model(
+    path: str, in_shape: Sequence[int], num_classes: int, slot: Slot, options: Mapping[str, Any]
+) -> nn.Module:
+    """Build `package:Class`, giving it of in_shape, num_classes, norm_layer and slot what it asks for."""
+    module_name, _, attribute = path.partition(":")
+    try:
+        make = getattr(importlib.import_module(module_name), attribute)
+        parameters = inspect.signature(make).parameters
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise BadInput(f"model {path!r} cannot be had: {error}; write it as package.module:Class") from None
+    offered = {
+        "in_shape": tuple(in_shape),
+        "num_classes": num_classes,
+        "norm_layer": partial(build_norm, slot.norm, dim=len(in_shape) - 1, **slot.norm_options),
+        "slot": slot,
+    }
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in options:
+        if name not in parameters and not takes_any:
+            raise BadInput(f"model {path!r} has no option {name!r}{nearest(name, parameters)}")
+    given = {name: value for name, value in offered.items() if name in parameters} | dict(options)
+    for parameter in parameters.values():
+        is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if is_named and parameter.default is parameter.empty and parameter.name not in given:
+            raise BadInput(f"model {path!r} needs {parameter.name!r}; give it among the model's options")
+    model = make(**given)
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"model {path!r} made a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+class NormClassifier(L.LightningModule):
+    """A classifier whose normalization, placement and regularization are plain arguments.
+
+    `model` is a name of the registry, `"package.module:Class"`, or an `nn.Module`. A class of your own gets
+    those of `in_shape`, `num_classes`, `norm_layer` (a function of num_features) and `slot` that it has as
+    parameters, beside `model_options`; it keeps its own initialization, drawn from `seed`. A module is
+    taken as it is.
+
+    Inputs (N, *in_shape), logits (N, num_classes). The loss is cross-entropy in nats. SGD with momentum;
+    weight decay acts on weights, and on norm parameters and biases only with `decay_norm`. `steps` is the
+    length of the schedule; by default it is taken from the Trainer. Logs `train/loss`, and for validation
+    and test `loss`, `acc` and `ece` (expected calibration error over 15 bins; Guo et al., 2017, eq. 3).
+
+    Raises BadInput for names, options and sizes that cannot be.
+    """
+
+    #: Arguments of a subclass that are not to be copied into its hyperparameters, such as data.
+    not_saved: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: str | nn.Module = "mlp",
+        norm: str = "batch",
+        *,
+        in_shape: Sequence[int],
+        num_classes: int,
+        model_options: dict[str, Any] | None = None,
+        norm_options: dict[str, Any] | None = None,
+        reparam: str | None = None,
+        order: str = "norm-act",
+        activation: str = "relu",
+        dropout: float = 0.0,
+        dropout_at: str = "all",
+        init: str = "he",
+        init_scale: float = 1.0,
+        bias_init: str | float = "zero",
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        decay_norm: bool = False,
+        schedule: str = "cosine",
+        warmup: float = 0.0,
+        label_smoothing: float = 0.0,
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(
+            ignore=[*self.not_saved, *(["model"] if isinstance(model, nn.Module) else [])]
+        )
+        if schedule not in SCHEDULES:
+            raise BadInput(f"no schedule named {schedule!r}{nearest(schedule, SCHEDULES)}")
+        for name, value, fits, wanted in (
+            ("lr", lr, lr > 0, "above 0"),
+            ("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
+            ("warmup", warmup, 0 <= warmup <= 1, "a share of the steps, 0 to 1"),
+            ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "at least 0 and below 1"),
+            ("steps", steps, steps is None or steps >= 1, "1 or more, or None"),
+        ):
+            if not fits:
+                raise BadInput(f"{name} must be {wanted}, not {value!r}")
+        slot = Slot(
+            norm=norm,
+            norm_options=norm_options or {},
+            order=order,
+            activation=activation,
+            dropout=dropout,
+            dropout_at=dropout_at,
+            reparam=reparam,
+        )
+        options = model_options or {}
+        if isinstance(model, nn.Module):
+            self.model = model
+        elif ":" in model:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_of(seed, "init"))
+                self.model = _own_model(model, in_shape, num_classes, slot, options)
+        else:
+            self.model = build_model(model, in_shape, num_classes, slot, **options)
+            if torch.get_default_device().type != "meta":
+                initialize(
+                    self.model, init, scale=init_scale, bias=bias_init, generator=generator(seed, "init")
+                )
+        for phase in ("val", "test"):
+            self.add_module(f"{phase}_loss", MeanMetric())
+            self.add_module(f"{phase}_acc", MulticlassAccuracy(num_classes, average="micro"))
+            self.add_module(f"{phase}_ece", MulticlassCalibrationError(num_classes, n_bins=15))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of a batch."""
+        logits: Tensor = self.model(x)
+        return logits
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of a training batch, smoothed as asked."""
+        return F.cross_entropy(logits, y, label_smoothing=self.hparams["label_smoothing"])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One step of automatic optimization."""
+        x, y = batch
+        loss = self.loss(self(x), y)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Collect loss, accuracy and calibration error of a validation batch."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Collect loss, accuracy and calibration error of a test batch."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, phase: str, batch: Any) -> None:
+        x, y = batch
+        logits = self(x)
+        # Probabilities, since torchmetrics takes logits that happen to lie within [0, 1] for such.
+        probabilities = logits.float().softmax(1)
+        losses = F.cross_entropy(logits, y, reduction="none")
+        for name, values in (("loss", (losses,)), ("acc", (logits, y)), ("ece", (probabilities, y))):
+            metric = cast(Metric, getattr(self, f"{phase}_{name}"))
+            metric.update(*values)
+            self.log(f"{phase}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "acc")
+
+    def configure_optimizers(self) -> Any:
+        """SGD over weights and, apart, norm parameters and biases, with the schedule stepped every step."""
+        h = self.hparams
+        decayed, free = split_parameters(self.model, h["decay_norm"])
+        groups = [
+            {"params": decayed, "weight_decay": h["weight_decay"]},
+            {"params": free, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.SGD(
+            [group for group in groups if group["params"]], lr=h["lr"], momentum=h["momentum"]
+        )
+        steps = h["steps"] or int(self.trainer.estimated_stepping_batches)
+        factor = partial(learning_rate_factor, steps=steps, schedule=h["schedule"], warmup=h["warmup"])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def load(folder: str | Path) -> NormClassifier:
+    """Load a model that a study saved: a folder with `model.safetensors` and `module.json`.
+
+    The module is in eval mode. Raises BadInput where a file is missing or does not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        arguments = json.loads((folder / "module.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        module = NormClassifier(**arguments)
+    except BadInput as error:
+        raise BadInput(f"{folder}: {error}") from None
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        wanted = "give a folder of module.json and model.safetensors"
+        raise BadInput(f"{folder} holds no saved model: {error}; {wanted}") from None
+    try:
+        module.model.load_state_dict(weights)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())
+        raise BadInput(f"{folder}: the weights are of another model: {what}") from None
+    return module.eval()
+
+
+def check_model(model: str, norm: str, **arguments: Any) -> None:
+    """Raise BadInput where such a module cannot be built; allocates nothing for a model of the registry."""
+    with contextlib.nullcontext() if ":" in model else torch.device("meta"):
+        NormClassifier(model, norm, **arguments)

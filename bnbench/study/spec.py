@@ -1,0 +1,355 @@
+"""What a study file declares: arms, cells, hypotheses and the designs of its presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bnbench.registry import BadInput, nearest
+from bnbench.study import checks
+from bnbench.study.table import Replicate
+from bnbench.study.trial import ROW_VERSION, Trial, check_fields, shown
+
+#: Raised when the analysis code changes what a verdict is.
+ANALYSIS_VERSION = 1
+
+_ALLOWS = ("both", "support", "refute", "neither")
+_KINDS = ("greater", "equivalent")
+_TUNINGS = ("per_replicate", "once")
+_PROGRAMS = ("search", "sweep")
+
+
+@dataclass(frozen=True, init=False)
+class Arm:
+    """What is compared inside a cell: a named change to the row, `Arm("group-8", norm="group", ...)`."""
+
+    name: str
+    changes: Mapping[str, Any]
+
+    def __init__(self, name: str, **changes: Any) -> None:
+        checks.check_name("arm", name)
+        checks.check_changes(f"arm {name!r}", changes)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "changes", changes)
+
+
+@dataclass(frozen=True, init=False)
+class Cell:
+    """The unit of a verdict: model, data and factor levels as a named change to the row.
+
+    `constants` are numbers registered with the cell that analysis reads, such as a target accuracy.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    constants: Mapping[str, float]
+
+    def __init__(self, name: str, *, constants: Mapping[str, float] | None = None, **changes: Any) -> None:
+        checks.check_name("cell", name)
+        checks.check_changes(f"cell {name!r}", changes, "constants")
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "changes", changes)
+        numbers = checks.numbers(f"cell {name!r}: constants", {} if constants is None else constants)
+        object.__setattr__(self, "constants", numbers)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Levels of one field of the row: `Factor("batch_size", (2, 8, 32))`."""
+
+    field: str
+    levels: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        check_fields([self.field], "a factor")
+        levels = checks.several(f"factor {self.field!r}: levels", self.levels, object, least=1)
+        for level in levels:
+            checks.check_changes(f"factor {self.field!r}", {self.field: level})
+        object.__setattr__(self, "levels", levels)
+
+
+def cross(cells: tuple[Cell, ...], *factors: Factor) -> tuple[Cell, ...]:
+    """Every cell at every combination of the factors' levels, named `mlp · B=64`."""
+    combined = []
+    for cell, *levels in itertools.product(cells, *(f.levels for f in factors)):
+        pairs = list(zip((f.field for f in factors), levels, strict=True))
+        name = " · ".join([cell.name, *(f"{key}={value}" for key, value in pairs)])
+        combined.append(Cell(name, constants=cell.constants, **{**cell.changes, **dict(pairs)}))
+    return tuple(combined)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number a replicate, with what a censored observation still allows it to show.
+
+    `allows` is "both" for a value that was observed, "support" or "refute" where the true value lies at
+    least as far in that direction, "neither" where both members of the pair are censored.
+    """
+
+    value: float
+    allows: Literal["both", "support", "refute", "neither"] = "both"
+
+    def __post_init__(self) -> None:
+        checks.check_choice("what an estimate allows", self.allows, _ALLOWS)
+
+
+Estimand = Callable[[Replicate], float | Estimate]
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A sentence that data can refute.
+
+    `estimand` gives one number a replicate, signed in the claim's direction; `delta` is the smallest effect
+    that matters, in the estimand's unit, or the name of a cell's constant that holds it. `better` and
+    `other` name the arms that are read: gates on tuning look at both, the gate on divergence at `better`.
+    `cells` restricts the hypothesis to some cells; `half_width` is the expected half-width of the
+    simultaneous interval, from a pilot that was tuned in the same way.
+    """
+
+    name: str
+    claim: str
+    sentence: str
+    estimand: Estimand
+    delta: float | str
+    better: tuple[str, ...]
+    other: tuple[str, ...] = ()
+    kind: Literal["greater", "equivalent"] = "greater"
+    primary: bool = True
+    unit: str = ""
+    cells: tuple[str, ...] | None = None
+    half_width: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checks.check_name("hypothesis", self.name)
+        where = f"hypothesis {self.name!r}:"
+        checks.check_text(f"{where} claim", self.claim)
+        checks.check_text(f"{where} sentence", self.sentence)
+        checks.check_choice(f"{where} kind", self.kind, _KINDS)
+        if not isinstance(self.delta, str):
+            object.__setattr__(self, "delta", checks.number(f"{where} delta", self.delta, above=0))
+        if not isinstance(self.primary, bool) or not isinstance(self.unit, str):
+            raise BadInput(f"{where} primary must be True or False, and unit a text")
+        object.__setattr__(self, "better", checks.several(f"{where} better", self.better, str, least=1))
+        object.__setattr__(self, "other", checks.several(f"{where} other", self.other, str))
+        if self.cells is not None:
+            object.__setattr__(self, "cells", checks.several(f"{where} cells", self.cells, str, least=1))
+        object.__setattr__(
+            self, "half_width", checks.numbers(f"{where} half_width", self.half_width, above=0)
+        )
+        if not callable(self.estimand):
+            raise BadInput(f"{where} estimand must be a function of a replicate, not {shown(self.estimand)}")
+        try:
+            json.dumps(_source(self.estimand), allow_nan=False)
+        except (OSError, TypeError, ValueError):
+            raise BadInput(
+                f"{where} estimand must be a function whose source can be read, or functools.partial of one"
+                f" with plain values bound, not {shown(self.estimand)}"
+            ) from None
+
+    def delta_in(self, cell: Cell) -> float:
+        """The smallest effect that matters in this cell."""
+        return self.delta if not isinstance(self.delta, str) else cell.constants[self.delta]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the tutorials, by its number, and what the literature has measured about it."""
+
+    id: str
+    sentence: str
+    literature: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks.check_text("claim id", self.id)
+        if not isinstance(self.sentence, str):
+            raise BadInput(f"claim {self.id!r}: sentence must be a text, not {shown(self.sentence)}")
+        object.__setattr__(
+            self, "literature", checks.several(f"claim {self.id!r}: literature", self.literature, str)
+        )
+
+
+@dataclass(frozen=True)
+class Design:
+    """What one preset of a study trains.
+
+    `lr` is the grid that every arm gets. `tuning` is "per_replicate" (each replicate chooses by its own
+    validation score) or "once" (three tuning replicates of their own choose for all). `curve_points` is the
+    number of evaluations on the way of a confirmed row, up to 26 a factor of 1.15 apart.
+    """
+
+    base: Trial
+    cells: tuple[Cell, ...]
+    arms: tuple[Arm, ...]
+    lr: tuple[float, ...]
+    replicates: int = 10
+    tuning: Literal["per_replicate", "once"] = "per_replicate"
+    curve_points: int = 26
+    smoke: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.base, Trial):
+            raise BadInput(f"base must be a Trial, not {shown(self.base)}")
+        if self.base.score_on != "val":
+            raise BadInput(
+                "base reads test data; the design itself says which rows do, so leave score_on out"
+            )
+        object.__setattr__(self, "cells", checks.several("cells", self.cells, Cell, least=1))
+        object.__setattr__(self, "arms", checks.several("arms", self.arms, Arm, least=1))
+        for kind, names in (("cell", [c.name for c in self.cells]), ("arm", [a.name for a in self.arms])):
+            checks.check_unique(kind, names)
+        rates = tuple(
+            checks.number("lr", lr, above=0) for lr in checks.several("lr", self.lr, object, least=1)
+        )
+        if list(rates) != sorted(set(rates)):
+            raise BadInput(f"lr must be a rising grid of learning rates, not {shown(self.lr)}")
+        object.__setattr__(self, "lr", rates)
+        checks.check_choice("tuning", self.tuning, _TUNINGS)
+        checks.check_whole("replicates", self.replicates, least=1)
+        checks.check_whole("curve_points", self.curve_points, least=0)
+        if not isinstance(self.smoke, bool):
+            raise BadInput(f"smoke must be True or False, not {shown(self.smoke)}")
+        for cell, arm in itertools.product(self.cells, self.arms):
+            try:
+                self.trial(cell, arm, 0)
+            except BadInput as error:
+                raise BadInput(f"cell {cell.name!r}, arm {arm.name!r}: {error}") from None
+
+    def trial(self, cell: Cell, arm: Arm, replicate: int, **point: Any) -> Trial:
+        """The row of an arm in a cell, with the replicate's data and seed."""
+        changes = {**cell.changes, **arm.changes, **point, "data_seed": replicate, "seed": replicate}
+        if self.smoke:
+            changes["steps"] = 2
+            if changes.get("data", self.base.data).startswith("cifar"):
+                changes["data_options"] = {"synthetic": True}
+        return self.base.replace(**changes)
+
+    def cell(self, name: str) -> Cell:
+        """The cell of this name."""
+        cells = {cell.name: cell for cell in self.cells}
+        checks.check_known("a design is asked for a cell", name, list(cells))
+        return cells[name]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, its hypotheses and how it is answered.
+
+    `program` "search" tunes the learning rate of every arm on validation data and confirms the choice on
+    test data; "sweep" trains the whole grid and reads validation data only. `baseline` names the arm whose
+    best learning rate is the common one.
+    """
+
+    name: str
+    question: str
+    hypotheses: tuple[Hypothesis, ...]
+    quick: Design
+    full: Design
+    baseline: str
+    program: Literal["search", "sweep"] = "search"
+
+    def __post_init__(self) -> None:
+        checks.check_name("study", self.name)
+        where = f"study {self.name!r}:"
+        checks.check_text(f"{where} question", self.question)
+        checks.check_choice(f"{where} program", self.program, _PROGRAMS)
+        object.__setattr__(
+            self, "hypotheses", checks.several(f"{where} hypotheses", self.hypotheses, Hypothesis)
+        )
+        checks.check_unique(f"{where} hypothesis", [h.name for h in self.hypotheses])
+        for name in ("quick", "full"):
+            if not isinstance(getattr(self, name), Design):
+                raise BadInput(f"{where} {name} must be a Design, not {shown(getattr(self, name))}")
+            self._check_reading(f"{where} {name} reads", getattr(self, name))
+        cells = list(dict.fromkeys(cell.name for design in (self.quick, self.full) for cell in design.cells))
+        for h in self.hypotheses:
+            for cell in [*(h.cells or ()), *h.half_width]:
+                checks.check_known(f"{where} hypothesis {h.name!r} names a cell", cell, cells)
+
+    def _check_reading(self, where: str, design: Design) -> None:
+        """Raise BadInput where an arm or a constant is read that a design has not."""
+        arms = [arm.name for arm in design.arms]
+        checks.check_known(f"{where} as its baseline an arm", self.baseline, arms)
+        for h in self.hypotheses:
+            for cell in _cells(h, design):
+                for arm in (*h.better, *h.other):
+                    checks.check_known(f"{where} in hypothesis {h.name!r} an arm", arm, arms)
+                if isinstance(h.delta, str):
+                    read = f"{where} in hypothesis {h.name!r} and cell {cell.name!r} a constant"
+                    checks.check_known(read, h.delta, list(cell.constants))
+                    checks.number(f"{where} delta in {cell.name!r}, which", h.delta_in(cell), above=0)
+
+    def design(self, preset: str) -> Design:
+        """The design of a preset: `quick`, `full`, or `smoke` (every shape of `full` for two steps)."""
+        if preset == "smoke":
+            ends = tuple(sorted({self.full.lr[0], self.full.lr[-1]}))
+            return dataclasses.replace(self.full, replicates=1, lr=ends, tuning="per_replicate", smoke=True)
+        if preset not in ("quick", "full"):
+            raise BadInput(f"no preset named {preset!r}{nearest(preset, ('quick', 'full', 'smoke'))}")
+        return self.quick if preset == "quick" else self.full
+
+    def cells_of(self, hypothesis: Hypothesis, preset: str) -> tuple[Cell, ...]:
+        """The cells of a preset that a hypothesis speaks of."""
+        return _cells(hypothesis, self.design(preset))
+
+    def definition(self, preset: str) -> dict[str, Any]:
+        """The expanded declaration as plain values: what is registered before the first trial."""
+        design = self.design(preset)
+        return {
+            "name": self.name,
+            "preset": preset,
+            "question": self.question,
+            "program": self.program,
+            "baseline": self.baseline,
+            "analysis_version": ANALYSIS_VERSION,
+            "row_version": ROW_VERSION,
+            "lr": list(design.lr),
+            "replicates": design.replicates,
+            "tuning": design.tuning,
+            "curve_points": design.curve_points,
+            "cells": {
+                cell.name: {
+                    "constants": dict(cell.constants),
+                    "arms": {arm.name: design.trial(cell, arm, 0).changed() for arm in design.arms},
+                }
+                for cell in design.cells
+            },
+            "hypotheses": {
+                h.name: {
+                    "claim": h.claim,
+                    "sentence": h.sentence,
+                    "estimand": _source(h.estimand),
+                    "delta": h.delta,
+                    "kind": h.kind,
+                    "primary": h.primary,
+                    "better": list(h.better),
+                    "other": list(h.other),
+                    "cells": [cell.name for cell in _cells(h, design)],
+                    "half_width": dict(h.half_width),
+                }
+                for h in self.hypotheses
+            },
+        }
+
+    def hash(self, preset: str) -> str:
+        """12 hexadecimal digits of SHA-256 over the definition: the study's identity."""
+        text = json.dumps(self.definition(preset), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _cells(hypothesis: Hypothesis, design: Design) -> tuple[Cell, ...]:
+    return tuple(c for c in design.cells if hypothesis.cells is None or c.name in hypothesis.cells)
+
+
+def _source(estimand: Any) -> list[Any]:
+    """The source text of an estimand and the arguments that are bound to it."""
+    if isinstance(estimand, functools.partial):
+        return [*_source(estimand.func), list(estimand.args), dict(estimand.keywords)]
+    return [inspect.getsource(estimand)]

@@ -1,0 +1,1 @@
+"""Tests mirror the package; what several of them need lies beside them."""

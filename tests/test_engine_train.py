@@ -1,0 +1,492 @@
+"""Training a row: what it measures, and what becomes of it when something goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import signal
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from torch import nn
+from torch.nn import functional as F
+
+from bnbench.data import load_split, load_test
+from bnbench.engine import train as engine
+from bnbench.engine.chunked import ChunkedClassifier
+from bnbench.engine.conduct import train_row
+from bnbench.engine.train import Place, check_trial, curve_steps, module_arguments, train
+from bnbench.lit import NormClassifier
+from bnbench.norms import NORMS
+from bnbench.norms.recalibrate import recalibrate
+from bnbench.registry import BadInput
+from bnbench.study.trial import Trial
+from bnbench.tracking.live import LiveLog, read_live
+
+ROW = Trial(
+    data="digits",
+    n_train=200,
+    model="mlp",
+    model_options={"depth": 2, "width": 16},
+    batch_size=20,
+    steps=40,
+    lr=0.05,
+)
+K = 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def place(folder, tmp_path):
+    return Place(folder, tmp_path)
+
+
+def own_model(name: str, **changes) -> Trial:
+    return ROW.replace(model=f"{__name__}:{name}", model_options={}, **changes)
+
+
+class Linear(nn.Module):
+    """A linear classifier that counts its steps and may be spoilt."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, num_classes)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.steps.add_(1)
+        return self.spoil(self.linear(x.flatten(1)))
+
+    def spoil(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+
+class NaNAlways(Linear):
+    def spoil(self, logits):
+        return logits * float("nan")
+
+
+class NaNAtStep35(Linear):
+    def spoil(self, logits):
+        return logits * float("nan") if self.steps == 35 and self.training else logits
+
+
+class InfiniteInEvaluationAtLast(Linear):
+    def spoil(self, logits):
+        return logits if self.training or self.steps < 40 else logits * float("inf")
+
+
+class InfiniteForOthers(Linear):
+    """Infinite in evaluation for any batch that is not the 200 training samples."""
+
+    def spoil(self, logits):
+        return logits if self.training or len(logits) == 200 else logits * float("inf")
+
+
+class RaisesAtStep10(Linear):
+    def spoil(self, logits):
+        if self.steps == 10:
+            raise RuntimeError("step ten is unlucky")
+        return logits
+
+
+class RaisesBadInput(Linear):
+    def spoil(self, logits):
+        if self.training:
+            raise BadInput("a norm that finds its batch odd")
+        return logits
+
+
+class RaisesWhenBuilt(Linear):
+    def __init__(self, num_classes: int) -> None:
+        raise RuntimeError("cannot be built")
+
+
+def assert_plain(result) -> None:
+    json.dumps([result.metrics, result.curve, result.provenance, result.reason], allow_nan=False)
+    assert len({len(series) for series in result.curve.values()}) <= 1
+
+
+# What is measured
+
+
+def test_a_confirmed_row_is_scored_as_its_saved_weights_say(place):
+    row = ROW.replace(score_on="test", curve_points=4)
+    result = train(row, place)
+    assert result.status == "done", result.reason
+    assert_plain(result)
+    split = load_split("digits", 0, folder=place.data, n_train=200)
+    test = load_test("digits", 0, folder=place.data)
+    model = rebuilt(row, place)
+    metrics = result.metrics
+    for part, arrays in (("val", split.val), ("test", test)):
+        logits = model(arrays.x)
+        assert metrics[f"{part}/loss"] == pytest.approx(nll(logits, arrays.y), rel=1e-5)
+        assert metrics[f"{part}/acc"] == pytest.approx(accuracy(logits, arrays.y))
+    # The first 512 training samples, here 200, in batches as in training.
+    recalibrate(model, split.train.x.split(20))
+    model.eval()
+    for part, arrays in (("val", split.val), ("test", test)):
+        logits = model(arrays.x)
+        assert metrics[f"{part}/loss_precise"] == pytest.approx(nll(logits, arrays.y), rel=1e-5)
+        assert metrics[f"{part}/acc_precise"] == pytest.approx(accuracy(logits, arrays.y))
+        assert metrics[f"{part}/loss_precise"] != metrics[f"{part}/loss"]
+    assert metrics["train/loss"] == pytest.approx(nll(model(split.train.x), split.train.y), rel=1e-5)
+    assert metrics["test/gap"] == pytest.approx(metrics["test/loss_precise"] - metrics["train/loss"])
+    assert 0 <= metrics["test/ece"] <= 1
+    assert metrics["chance"] == 0.1
+    # The last point of the curve is the end of the training, with precise statistics.
+    assert result.curve["step"][-1] == 40
+    assert result.curve["val/loss"][-1] == pytest.approx(metrics["val/loss_precise"], rel=1e-5)
+
+
+def rebuilt(row: Trial, place: Place) -> nn.Module:
+    from safetensors.torch import load_file
+
+    model = NormClassifier(**module_arguments(row)).model
+    model.load_state_dict(load_file(place.runs / "weights" / f"{row.key}.safetensors"))
+    return model.eval()
+
+
+def nll(logits, y) -> float:
+    return -logits.double().log_softmax(1)[torch.arange(len(y)), y].mean().item()
+
+
+def accuracy(logits, y) -> float:
+    return (logits.argmax(1) == y).float().mean().item()
+
+
+def test_the_initial_loss_is_that_of_the_untrained_model(place):
+    row = ROW.replace(norm="none")
+    model = NormClassifier(**module_arguments(row)).model.eval()
+    part = load_split("digits", 0, folder=place.data, n_train=200).train
+    assert train(row, place).metrics["train/loss_initial"] == pytest.approx(
+        nll(model(part.x), part.y), rel=1e-5
+    )
+
+
+def test_precise_recalibration_changes_the_scores_and_nothing_else(place):
+    plain, precise = (train(ROW.replace(recalibration=kind), place) for kind in ("none", "precise"))
+    changed = {name for name, value in plain.measured().items() if precise.measured()[name] != value}
+    assert changed - {"val/acc"} == {"val/loss"}
+    assert precise.metrics["val/loss"] == plain.metrics["val/loss_precise"]
+
+
+def test_points_of_the_curve_do_not_change_what_is_learnt(place):
+    without, many = (train(ROW.replace(curve_points=points), place) for points in (0, 20))
+    assert without.curve == {}
+    assert len(many.curve["step"]) > 10
+    assert without.measured() == many.measured()
+
+
+def test_running_statistics_are_those_of_the_training_alone(place, monkeypatch):
+    """Measuring with precise statistics leaves the buffers as they were."""
+    weights = []
+    for points in (0, 20):
+        row = ROW.replace(score_on="test", curve_points=points)
+        train(row, place)
+        weights.append(rebuilt(row, place).state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(weights[1][name], value), name
+    monkeypatch.setattr(engine, "RECALIBRATION_SAMPLES", 40)
+    train(row, place)
+    for name, value in rebuilt(row, place).state_dict().items():
+        assert torch.equal(weights[0][name], value), name
+
+
+def test_label_noise_is_scored_against_both_labels(place):
+    row = ROW.replace(label_noise=0.3, score_on="test", norm="none", steps=80)
+    metrics = train(row, place).metrics
+    split = load_split("digits", 0, folder=place.data, n_train=200, label_noise=0.3)
+    assert (split.train.y != split.train_clean_y).sum() == 60
+    logits = rebuilt(row, place)(split.train.x)
+    assert metrics["train/loss"] == pytest.approx(nll(logits, split.train.y), rel=1e-5)
+    assert metrics["train/loss_clean"] == pytest.approx(nll(logits, split.train_clean_y), rel=1e-5)
+    assert metrics["train/acc_clean"] == pytest.approx(accuracy(logits, split.train_clean_y))
+    assert metrics["train/loss"] != metrics["train/loss_clean"]
+
+
+def test_label_smoothing_acts_in_training_only(place):
+    row = ROW.replace(label_smoothing=0.3, score_on="test", norm="none", curve_points=1, steps=1)
+    result = train(row, place)
+    split = load_split("digits", 0, folder=place.data, n_train=200)
+    logits = rebuilt(row, place)(split.val.x)
+    assert result.metrics["val/loss"] == pytest.approx(nll(logits, split.val.y), rel=1e-5)
+    assert train(row.replace(label_smoothing=0.0), place).curve["train/loss"] != result.curve["train/loss"]
+
+
+def test_a_last_batch_of_one_sample_is_evaluated(place, monkeypatch):
+    whole = train(ROW, place).measured()
+    monkeypatch.setattr("bnbench.engine.evaluate.EVAL_BATCH", 359)
+    assert train(ROW, place).measured() == pytest.approx(whole, rel=1e-6)
+
+
+def test_curve_steps_grow_to_the_last_step():
+    assert curve_steps(1000, 0) == []
+    assert curve_steps(1, 26) == [1]
+    steps = curve_steps(1000, 26)
+    assert len(steps) == 26
+    assert steps[-1] == 1000
+    assert all(later / step == pytest.approx(1.15, rel=0.02) for step, later in itertools.pairwise(steps))
+
+
+# Test data
+
+
+@pytest.mark.parametrize("changes", [{}, {"lr": 1e20}])
+def test_a_tuning_row_never_reads_test_data(changes, place, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("test data was read")
+
+    monkeypatch.setattr(engine, "load_test", refuse)
+    result = train(ROW.replace(curve_points=3, **changes), place)
+    assert result.status == ("diverged" if changes else "done")
+    assert not [name for name in [*result.metrics, *result.curve] if name.startswith("test/")]
+    assert not (place.runs / "weights").exists()
+
+
+def test_a_confirmed_row_reads_test_data_once_and_a_diverged_one_not_at_all(place, monkeypatch):
+    calls = []
+    monkeypatch.setattr(engine, "load_test", lambda *a, **k: (calls.append(a), load_test(*a, **k))[1])
+    assert train(ROW.replace(score_on="test", curve_points=5), place).status == "done"
+    assert len(calls) == 1
+    assert train(ROW.replace(score_on="test", lr=1e20), place).status == "diverged"
+    assert len(calls) == 1
+
+
+def test_tuning_and_confirmation_train_from_different_random_numbers(place):
+    tuned, confirmed = (train(ROW.replace(score_on=on), place).metrics for on in ("val", "test"))
+    assert tuned["train/loss_initial"] != confirmed["train/loss_initial"]
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("score_on", ["val", "test"])
+@pytest.mark.parametrize(
+    ("row", "lost"),
+    [
+        (own_model("NaNAlways"), True),
+        (own_model("NaNAtStep35"), False),
+        (own_model("InfiniteInEvaluationAtLast"), False),
+        (ROW.replace(norm="none", lr=1e20), False),
+        (ROW.replace(norm="batch", lr=1e30, weight_decay=1.0), False),
+    ],
+    ids=["NaN always", "NaN at a step", "infinite in evaluation", "huge rate", "huge rate and decay"],
+)
+def test_a_diverged_row_scores_chance_and_its_last_finite_loss(row, lost, score_on, place):
+    row = row.replace(score_on=score_on, curve_points=8, label_noise=0.1, schedule="constant")
+    losses = []
+    step = ChunkedClassifier._step
+
+    def record(self, *arguments):
+        losses.append(step(self, *arguments))
+        return losses[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChunkedClassifier, "_step", record)
+        result = train(row, place)
+    assert result.status == "diverged", result.reason
+    assert result.reason
+    assert_plain(result)
+    finite = [value for value in map(float, losses) if math.isfinite(value)]
+    worst = math.log(K) if lost else max(math.log(K), finite[-1])
+    parts = ["train", "val", *(["test"] if score_on == "test" else [])]
+    for part in parts:
+        assert result.metrics[f"{part}/acc"] == 1 / K
+        assert result.metrics[f"{part}/loss"] == worst
+    healthy = train(ROW.replace(score_on=score_on, label_noise=0.1), place)
+    assert healthy.metrics.keys() - result.metrics.keys() <= {"test/ece"}
+    assert result.metrics.keys() <= healthy.metrics.keys()
+
+
+def test_a_divergence_ends_the_training_early(place):
+    row = ROW.replace(norm="none", lr=1e20, steps=5000, schedule="constant")
+    with pytest.MonkeyPatch.context() as patch:
+        done = []
+        step = ChunkedClassifier._step
+        patch.setattr(ChunkedClassifier, "_step", lambda self, *a: (done.append(1), step(self, *a))[1])
+        assert train(row, place).status == "diverged"
+    assert len(done) <= 64
+
+
+def test_a_loss_above_the_initial_one_is_divergence_with_that_loss(place):
+    row = ROW.replace(norm="none", lr=30.0, schedule="constant", steps=1)
+    result = train(row, place)
+    assert result.status == "diverged"
+    assert "above where it began" in result.reason
+    assert result.metrics["train/loss_initial"] < result.metrics["train/loss"] == result.metrics["val/loss"]
+    assert result.metrics["val/acc"] == 0.1
+
+
+def test_scores_that_overflow_at_evaluation_only_stay_finite(place):
+    row = own_model("InfiniteForOthers", curve_points=4, score_on="test")
+    result = train(row, place)
+    assert result.status == "done", result.reason
+    assert_plain(result)
+    assert result.metrics["val/acc"] == result.metrics["test/acc"] == 0.1
+    assert result.metrics["train/acc"] > 0.2
+    assert set(result.curve["val/acc"]) == {0.1}
+    assert "test/ece" not in result.metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("RaisesAtStep10", "RuntimeError: step ten is unlucky"),
+        ("RaisesBadInput", "BadInput: a norm that finds its batch odd"),
+        ("RaisesWhenBuilt", "RuntimeError: cannot be built"),
+    ],
+)
+def test_a_model_that_raises_makes_its_row_failed_with_the_traceback(name, message, place):
+    result = train(own_model(name), place)
+    assert result.status == "failed"
+    assert "Traceback" in result.reason
+    assert name in result.reason or "spoil" in result.reason or "__init__" in result.reason
+    assert message in result.reason
+    assert_plain(result)
+    assert train(ROW, place).status == "done"
+
+
+def test_a_norm_that_raises_makes_its_row_failed(place, monkeypatch):
+    class Raises(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                raise ZeroDivisionError("in the norm")
+            return x
+
+    entry = dataclasses.replace(NORMS["none"], name="raises", layer=lambda num_features, dim: Raises())
+    monkeypatch.setitem(NORMS._entries, "raises", entry)
+    result = train(ROW.replace(norm="raises"), place)
+    assert result.status == "failed"
+    assert "ZeroDivisionError: in the norm" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "digit"}, "did you mean 'digits'"),
+        ({"model": "mpl"}, "did you mean 'mlp'"),
+        ({"norm": "bach"}, "did you mean 'batch'"),
+        ({"model_options": {"widht": 3}}, "did you mean 'width'"),
+        ({"norm": "group", "norm_options": {"num_groups": 5}}, "num_groups"),
+        ({"norm": "ghost_batch", "norm_options": {"ghost_size": 3}}, "does not divide the batch of 20"),
+        ({"batch_size": 1}, "at least 2"),
+        ({"augment": "flipp"}, "did you mean 'flip'"),
+        ({"devices": 2}, "one device"),
+        ({"num_nodes": 2}, "one device"),
+    ],
+)
+def test_a_row_that_cannot_train_is_refused_in_one_line(changes, message, place):
+    row = ROW.replace(**changes)
+    for refuse in (lambda: check_trial(row), lambda: train(row, place)):
+        with pytest.raises(BadInput, match=message) as refusal:
+            refuse()
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_batch_larger_than_the_data_is_refused(place):
+    with pytest.raises(BadInput, match="use 1 to 200"):
+        train(ROW.replace(batch_size=201), place)
+
+
+def test_rows_of_one_shape_share_a_check(monkeypatch):
+    check_trial(ROW)
+    monkeypatch.setattr(engine, "check_model", lambda *a, **k: pytest.fail("checked again"))
+    check_trial(ROW.replace(seed=7, lr=0.3, data_seed=5, score_on="test", curve_points=9))
+
+
+# Where it runs
+
+
+def test_a_row_gives_the_same_bits_in_fresh_processes(place, tmp_path):
+    row = ROW.replace(dropout=0.2, curve_points=5, score_on="test")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bnbench.engine.train"])
+    here = train(row, place)
+    for number in range(2):
+        runs = tmp_path / str(number)
+        with ProcessPoolExecutor(1, context, torch.set_num_threads, (1,)) as pool:
+            there = pool.submit(train_row, "cpu", row.as_dict(), str(place.data), str(runs)).result(120)
+        assert there.provenance["pid"] != os.getpid()
+        assert there.measured() == here.measured()
+        assert there.curve == here.curve
+        name = f"weights/{row.key}.safetensors"
+        assert (runs / name).read_bytes() == (place.runs / name).read_bytes()
+
+
+def test_the_global_random_state_neither_matters_nor_changes(place):
+    row = ROW.replace(dropout=0.3)
+    first = train(row, place)
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    assert train(row, place).measured() == first.measured()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_cluster_is_looked_for_and_no_requeue_handler_installed(place, monkeypatch):
+    settings = {"NTASKS": "1", "JOB_ID": "7", "JOB_NAME": "train", "NTASKS_PER_NODE": "1", "PROCID": "0"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert SLURMEnvironment.detect()
+    seen = []
+
+    def look(self, *arguments) -> None:
+        seen.append((self.trainer.world_size, signal.getsignal(signal.SIGUSR1)))
+        report(self, *arguments)
+
+    report = ChunkedClassifier.on_train_batch_end
+    monkeypatch.setattr(ChunkedClassifier, "on_train_batch_end", look)
+    assert train(ROW, place).status == "done"
+    assert set(seen) == {(1, signal.SIG_DFL)}
+
+
+def test_a_training_puts_signal_handlers_back(place):
+    def handler(signum, frame) -> None:
+        """Do nothing."""
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        train(ROW, place)
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_every_point_of_the_curve_is_shown_while_it_runs(place, monkeypatch):
+    class Eager(LiveLog):
+        def __init__(self, runs, key, started) -> None:
+            super().__init__(runs, key, started, after=0)
+
+    monkeypatch.setattr(engine, "LiveLog", Eager)
+    row = ROW.replace(curve_points=6)
+    result = train(row, place)
+    live = read_live(place.runs / "live" / f"{row.key}.jsonl")
+    assert live.started == result.provenance["started"]
+    for name, series in result.curve.items():
+        assert tuple(point[name] for point in live.points) == series
+
+
+def test_bf16_trains_with_statistics_and_scores_in_single_precision(place):
+    row = ROW.replace(precision="bf16-mixed", score_on="test", curve_points=2)
+    result = train(row, place)
+    assert result.status == "done", result.reason
+    model = rebuilt(row, place)
+    assert {v.dtype for v in model.state_dict().values()} == {torch.float32, torch.int64}
+    validation = load_split("digits", 0, folder=place.data, n_train=200).val
+    assert result.metrics["val/loss"] == pytest.approx(
+        F.cross_entropy(model(validation.x), validation.y).item()
+    )
+    assert result.curve["val/loss"][-1] == pytest.approx(result.metrics["val/loss_precise"])
+    assert result.measured() != train(row.replace(precision="32-true"), place).measured()

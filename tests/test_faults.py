@@ -1,0 +1,218 @@
+"""Real faults on real processes: the study completes, and its numbers are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_study import (
+    call,
+    children_of,
+    is_alive,
+    metrics_of,
+    start,
+    statuses,
+    verdicts_of,
+    write_tiny,
+)
+
+TRAININGS = 2 * 5 * 2 * 3  # cells x replicates x arms x learning rates, and the confirmed ones beside them
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """The runs folder of a run with one worker that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    study = write_tiny(folder)
+    call("run", study, "--workers", "1", "--preset", "quick", folder=folder, data=data)
+    return folder / "runs"
+
+
+def wait_for_rows(runs: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until so many rows are recorded, or the process has ended."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(Exception):
+            if sum(statuses(runs).values()) >= count:
+                return
+        time.sleep(0.02)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """The workers: the grandchildren, whose parent is the server that forks them."""
+    return [pid for child in children_of(process.pid) for pid in children_of(child)]
+
+
+def test_rerun_trains_nothing_and_says_so(undisturbed: Path, data: Path) -> None:
+    before = metrics_of(undisturbed)
+    out, _ = call("run", "tiny.py", "--preset", "quick", folder=undisturbed.parent, data=data)
+    assert "nothing was trained" in out
+    assert metrics_of(undisturbed) == before
+
+
+def test_two_workers_give_the_bits_of_one(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    call("run", write_tiny(tmp_path), "--workers", "2", "--preset", "quick", folder=tmp_path, data=data)
+    assert verdicts_of(tmp_path / "runs") == verdicts_of(undisturbed)
+    assert metrics_of(tmp_path / "runs") == metrics_of(undisturbed)
+
+
+def disturb_workers(tmp_path: Path, data: Path, kills: int, seed: int) -> Path:
+    """Kill workers at random moments of a run with two of them, and let it end."""
+    chance = random.Random(seed)
+    study = write_tiny(tmp_path)
+    process = start(
+        "run", study, "--workers", "2", "--preset", "quick", "--quiet", folder=tmp_path, data=data
+    )
+    runs = tmp_path / "runs"
+    killed = 0
+    wait_for_rows(runs, 1, process)
+    while killed < kills and process.poll() is None:
+        # Far enough apart that no row dies twice, which would rightly be recorded as its failure.
+        time.sleep(chance.uniform(0.5, 1.0))
+        if workers := workers_of(process):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(chance.choice(workers), signal.SIGKILL)
+                killed += 1
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, f"{out}\n{err}"
+    assert killed >= 1
+    return runs
+
+
+def test_killed_workers_lose_nothing(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    runs = disturb_workers(tmp_path, data, kills=3, seed=0)
+    assert verdicts_of(runs) == verdicts_of(undisturbed)
+    assert metrics_of(runs) == metrics_of(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 8))
+def test_workers_killed_again_and_again_lose_nothing(
+    undisturbed: Path, data: Path, tmp_path: Path, seed: int
+) -> None:
+    runs = disturb_workers(tmp_path, data, kills=3, seed=seed)
+    assert verdicts_of(runs) == verdicts_of(undisturbed)
+
+
+def stop_and_go_on(
+    tmp_path: Path, data: Path, signum: signal.Signals, after: int, group: bool = False
+) -> tuple[Path, str, int]:
+    """Stop a run once so many rows are recorded, check that it leaves no process, and run it again."""
+    study = write_tiny(tmp_path)
+    runs = tmp_path / "runs"
+    process = start("run", study, "--workers", "2", "--preset", "quick", folder=tmp_path, data=data)
+    wait_for_rows(runs, after, process)
+    family = children_of(process.pid)
+    (os.killpg if group else os.kill)(process.pid, signum)
+    _, err = process.communicate(timeout=60)
+    end = time.monotonic() + 10
+    while any(map(is_alive, family)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not [pid for pid in family if is_alive(pid)], "a child outlived its coordinator"
+    recorded = metrics_of(runs)
+    call("run", study, "--workers", "2", "--preset", "quick", folder=tmp_path, data=data)
+    assert metrics_of(runs).items() >= recorded.items()
+    return runs, err, process.returncode
+
+
+@pytest.mark.parametrize("after", [1, 30, 70])
+def test_a_killed_coordinator_loses_nothing(
+    undisturbed: Path, data: Path, tmp_path: Path, after: int
+) -> None:
+    runs, _, code = stop_and_go_on(tmp_path, data, signal.SIGKILL, after)
+    assert code in (-signal.SIGKILL, 0)
+    assert verdicts_of(runs) == verdicts_of(undisturbed)
+    assert metrics_of(runs) == metrics_of(undisturbed)
+
+
+def test_a_killed_process_group_loses_nothing(undisturbed: Path, data: Path, tmp_path: Path) -> None:
+    runs, _, _ = stop_and_go_on(tmp_path, data, signal.SIGKILL, 20, group=True)
+    assert verdicts_of(runs) == verdicts_of(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("signum", "group", "word"),
+    [
+        (signal.SIGINT, True, "interrupted"),
+        (signal.SIGTERM, False, "terminated"),
+        (signal.SIGHUP, False, "terminated"),
+    ],
+)
+def test_an_interrupt_is_one_line_and_resumable(
+    undisturbed: Path, data: Path, tmp_path: Path, signum: signal.Signals, group: bool, word: str
+) -> None:
+    runs, err, code = stop_and_go_on(tmp_path, data, signum, 20, group)
+    assert code == -(signal.SIGTERM if signum == signal.SIGHUP else signum)
+    assert word in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+    assert verdicts_of(runs) == verdicts_of(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(50))
+def test_an_interrupt_at_any_moment_leaves_no_process(data: Path, tmp_path: Path, moment: int) -> None:
+    process = start(
+        "run", write_tiny(tmp_path), "--workers", "2", "--preset", "quick", folder=tmp_path, data=data
+    )
+    time.sleep(0.5 + 0.25 * moment)
+    family = children_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in (-signal.SIGINT, 0)
+    assert "Traceback" not in err
+    assert not [pid for pid in family if is_alive(pid)]
+
+
+def test_a_second_run_in_the_folder_says_who_holds_it(data: Path, tmp_path: Path) -> None:
+    study = write_tiny(tmp_path)
+    first = start("run", study, "--workers", "1", "--preset", "quick", folder=tmp_path, data=data)
+    try:
+        wait_for_rows(tmp_path / "runs", 1, first)
+        _, err = call("run", study, "--preset", "quick", folder=tmp_path, data=data, expect=2)
+        assert f"process {first.pid}" in err
+        assert len(err.strip().splitlines()) == 1
+    finally:
+        first.terminate()
+        first.communicate(timeout=60)
+
+
+def test_an_error_in_one_arm_leaves_the_others_complete(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, in_shape, num_classes):\n"
+        "        super().__init__()\n"
+        "        self.head = torch.nn.Linear(64, num_classes)\n"
+        "        self.calls = 0\n"
+        "    def forward(self, x):\n"
+        "        self.calls += self.training\n"
+        "        if self.calls > 10:\n"
+        "            raise RuntimeError('the net is broken')\n"
+        "        return self.head(x.flatten(1))\n"
+    )
+    arm = 'Arm("batch", norm="batch", dropout=0.1)'
+    study = write_tiny(tmp_path, **{arm: 'Arm("batch", model="broken:Net", model_options={})'})
+    os.environ["PYTHONPATH"] = str(tmp_path)
+    try:
+        out, err = call("run", study, "--preset", "quick", folder=tmp_path, data=data, expect=1)
+    finally:
+        del os.environ["PYTHONPATH"]
+    assert "the net is broken" in out
+    assert "Traceback" not in out + err
+    found = statuses(tmp_path / "runs")
+    assert found["failed"] == 2 * 5 * 3
+    assert found["done"] >= TRAININGS // 2
+    assert b'"incomplete"' in verdicts_of(tmp_path / "runs")

@@ -1,0 +1,177 @@
+"""Tests of the programs: what they ask for, what they choose, and that plans count right."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bnbench.study import Arm, Entry, Result, Study, Table, Trial
+from bnbench.study.programs import (
+    TUNING_REPLICATES,
+    TUNING_SEEDS,
+    choose,
+    grid_of,
+    measure,
+    planned_rows,
+    programs_of,
+)
+from tests.pilot_study import ARMS, CELLS, design, drive, invented, study
+
+
+def line(lr: float, acc: float, loss: float = 1.0, replicate: int = 0, status: str = "done") -> Entry:
+    metrics = {} if status == "failed" else {"val/acc": acc, "val/loss": loss}
+    trial = Trial(lr=lr, seed=replicate, data_seed=replicate)
+    return Entry("c", "a", replicate, "tune", trial, Result(status, metrics))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("lines", "chosen"),
+    [
+        ([line(0.1, 0.5), line(0.3, 0.6)], 0.3),
+        ([line(0.1, 0.5, 0.9), line(0.3, 0.5, 0.8)], 0.3),
+        ([line(0.3, 0.5, 0.8), line(0.1, 0.5, 0.8)], 0.1),
+        ([line(0.1, 0.5), line(0.3, 0.9, status="failed")], 0.1),
+        ([line(0.1, 0.1, status="diverged"), line(0.3, 0.2)], 0.3),
+        ([line(0.1, 0.4, replicate=0), line(0.1, 0.6, replicate=1), line(0.3, 0.51), line(0.3, 0.51)], 0.3),
+        ([line(0.1, 0.4), line(0.3, 0.9), line(0.3, 0.0, replicate=1, status="failed")], 0.1),
+        ([line(0.1, 0.4, status="failed")], None),
+        ([], None),
+    ],
+)
+def test_the_best_rate_is_chosen_by_accuracy_then_loss_then_size(
+    lines: list[Entry], chosen: float | None
+) -> None:
+    assert choose(lines) == chosen
+    assert choose(reversed(lines)) == chosen
+
+
+def places(rows: list) -> Counter:  # type: ignore[type-arg]
+    return Counter((row.cell, row.arm, row.replicate, row.role) for row in rows)
+
+
+def test_a_search_tunes_on_validation_data_and_confirms_on_test_data() -> None:
+    the_study = study()
+    (cell, program), *_ = programs_of(the_study, "quick")
+    lines, (tuning, confirming) = drive(program)
+    assert cell == "mlp"
+    assert [row.trial.score_on for row in tuning] == ["val"] * 9
+    assert [row.trial.score_on for row in confirming] == ["test"] * 6
+    assert {row.trial.curve_points for row in tuning} == {0}
+    assert {row.trial.curve_points for row in confirming} == {26}
+    assert [row.trial for row in lines] == [row.trial for row in [*tuning, *confirming]]
+    assert all(row.trial.data_seed == row.trial.seed == row.replicate == 0 for row in lines)
+    for arm in ("none", "batch", "group"):
+        tuned = [row for row in lines if row.arm == arm and row.role == "tune"]
+        best = max(tuned, key=lambda row: row["val/acc"]).trial.lr
+        assert [r.trial.lr for r in lines if r.arm == arm and r.role == "own"] == [best]
+    common = {row.trial.lr for row in lines if row.role == "common"}
+    assert common == {row.trial.lr for row in lines if row.role == "own" and row.arm == "none"}
+
+
+def test_equal_rates_are_one_row_in_two_roles() -> None:
+    def best_at_a_tenth(trial: Trial) -> Result:
+        result = invented(trial)
+        return dataclasses.replace(result, metrics={**result.metrics, "val/acc": float(trial.lr == 0.1)})
+
+    (_, program), *_ = programs_of(study(), "quick")
+    _, (_, confirming) = drive(program, best_at_a_tenth)
+    assert Counter(row.role for row in confirming) == {"own": 3, "common": 3}
+    assert len({row.trial.key for row in confirming}) == 3
+
+
+def test_an_arm_that_always_fails_is_not_confirmed() -> None:
+    def group_fails(trial: Trial) -> Result:
+        return Result("failed", reason="no") if trial.norm == "group" else invented(trial)
+
+    def baseline_fails(trial: Trial) -> Result:
+        return Result("failed", reason="no") if trial.norm == "none" else invented(trial)
+
+    _, (_, confirming) = drive(programs_of(study(), "quick")[0][1], group_fails)
+    assert {(row.arm, row.role) for row in confirming} == {
+        ("none", "own"), ("none", "common"), ("batch", "own"), ("batch", "common"), ("group", "common")
+    }  # fmt: skip
+    _, (_, confirming) = drive(programs_of(study(), "quick")[0][1], baseline_fails)
+    assert {(row.arm, row.role) for row in confirming} == {("batch", "own"), ("group", "own")}
+
+
+def test_tuning_once_reads_replicates_that_are_never_judged() -> None:
+    once = study(quick=design(tuning="once", replicates=4))
+    programs = programs_of(once, "quick")
+    assert [cell for cell, _ in programs] == ["mlp", "cnn"]
+    lines, (tuning, confirming) = drive(programs[0][1])
+    extra = range(TUNING_SEEDS, TUNING_SEEDS + TUNING_REPLICATES)
+    assert {row.replicate for row in tuning} == {row.trial.data_seed for row in tuning} == set(extra)
+    assert {row.replicate for row in confirming} == {0, 1, 2, 3}
+    assert len(tuning) == 3 * 3 * TUNING_REPLICATES
+    for arm in ("none", "batch"):
+        means = {lr: [r["val/acc"] for r in lines if (r.arm, r.role, r.trial.lr) == (arm, "tune", lr)]
+                 for lr in (0.01, 0.1, 1.0)}  # fmt: skip
+        best = max(means, key=lambda lr: sum(means[lr]))
+        assert {r.trial.lr for r in confirming if r.arm == arm and r.role == "own"} == {best}
+
+
+def test_a_sweep_asks_once_and_reads_no_test_data() -> None:
+    lines, requests = drive(programs_of(study(program="sweep"), "quick")[0][1])
+    assert len(requests) == 1
+    assert {(row.role, row.trial.score_on) for row in lines} == {("sweep", "val")}
+    assert [r.trial.lr for r in Table(tuple(lines)).replicates("mlp", {})[0].grid("batch")] == [
+        0.01,
+        0.1,
+        1.0,
+    ]
+
+
+def test_a_search_and_a_sweep_share_their_grids() -> None:
+    grids = [
+        {row.trial.key for row in drive(program)[1][0]}
+        for program in (
+            programs_of(study(), "quick")[0][1],
+            programs_of(study(program="sweep"), "quick")[0][1],
+        )
+    ]
+    assert grids[0] == grids[1]
+
+
+def test_nothing_is_asked_twice_in_one_place() -> None:
+    for the_study in (study(), study(quick=design(tuning="once"))):
+        rows = [row for _, program in programs_of(the_study, "quick") for row in drive(program)[0]]
+        once = [place for place in places(rows).items() if place[0][3] in ("own", "common")]
+        assert {count for _, count in once} == {1}
+
+
+arms = st.sampled_from([
+    ARMS, (*ARMS, Arm("a twin", norm="none")), (ARMS[0], Arm("a batch", batch_size=32)), ARMS[:1],
+])  # fmt: skip
+grids = st.sampled_from([(0.1,), (0.1, 1.0), (0.01, 0.1, 1.0), (0.01, 0.1, 1.0, 3.0)])
+
+
+@settings(max_examples=40)
+@given(arms, grids, st.integers(1, 3), st.sampled_from(["once", "per_replicate"]),
+       st.sampled_from(["search", "sweep"]), st.sampled_from(["quick", "smoke"]))  # fmt: skip
+def test_a_plan_counts_what_programs_ask_for(arms, lr, replicates, tuning, program, preset) -> None:  # type: ignore[no-untyped-def]
+    one = design(arms=arms, lr=lr, replicates=replicates, tuning=tuning)
+    the_study: Study = study(quick=one, full=one, hypotheses=(), program=program)
+    asked = {row.trial.key: row for _, made in programs_of(the_study, preset) for row in drive(made)[0]}
+    planned = {trial.key: trial for trial in planned_rows(the_study, preset)}
+    assert len(planned) == len(planned_rows(the_study, preset))
+    tuned = {key for key, row in asked.items() if row.trial.score_on == "val"}
+    assert tuned == {key for key, trial in planned.items() if trial.score_on == "val"}
+    assert len(asked) <= len(planned)
+    shapes = {"lr": 0.1}
+    assert {row.trial.replace(**shapes) for row in asked.values()} == {
+        trial.replace(**shapes) for trial in planned.values()
+    }
+
+
+def test_a_program_gives_back_lines_in_the_order_asked() -> None:
+    wanted = grid_of(design(), CELLS[0], 5, "sweep")
+    lines, requests = drive(measure(wanted))
+    assert requests == [wanted]
+    assert [(e.cell, e.arm, e.replicate, e.role, e.trial) for e in lines] == [
+        (w.cell, w.arm, w.replicate, w.role, w.trial) for w in wanted
+    ]
+    assert all(e.result == invented(e.trial) for e in lines)
