@@ -6,6 +6,10 @@ import math
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
+
+from bnbench.registry import BadInput
+from bnbench.study import Cell, Table
+from bnbench.study.claims import adjust, decide, family_sizes, judge
 from tests.verdict_tables import (
     DELTA,
     GOOD,
@@ -19,10 +23,6 @@ from tests.verdict_tables import (
     rows,
     study,
 )
-
-from bnbench.registry import BadInput
-from bnbench.study import Cell, Table
-from bnbench.study.claims import adjust, decide, family_sizes, judge
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.verdict_tables import DELTA, effect, hypothesis, judge_one, row, rows, study
 
 from bnbench.study import Table
 from bnbench.study.claims import judge
+from tests.verdict_tables import DELTA, effect, hypothesis, judge_one, row, rows, study
 
 small = st.floats(-3, 3).map(lambda x: round(x, 3))
 draws = st.lists(small, min_size=5, max_size=12).filter(lambda v: max(v) - min(v) > 0.01)

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
-from tests.verdict_tables import GOOD, between, changed, hypothesis, judge_one, study
 
 from bnbench.registry import BadInput
 from bnbench.study import Table
 from bnbench.study.claims import ClaimVerdict, Verdict, adjust, from_json, judge, judge_claim, to_json
+from tests.verdict_tables import GOOD, between, changed, hypothesis, judge_one, study
 
 
 def family(p_values, claim="C", primary=True):

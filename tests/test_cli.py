@@ -187,7 +187,8 @@ def test_lightning_verbs_train_and_test(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("90s", 90), ("45m", 2700), ("2h", 7200), ("1h30m", 5400), ("0.5h", 1800), ("7", 7)]
+    ("text", "expected"),
+    [("90s", 90), ("45m", 2700), ("2h", 7200), ("1h30m", 5400), ("0.5h", 1800), ("7", 7)],
 )
 def test_a_budget_is_read(text: str, expected: float) -> None:
     assert seconds(text) == expected

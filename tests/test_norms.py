@@ -19,6 +19,6 @@ def test_norm_keeps_its_contract(case, check):
 
 @each_check
 @pytest.mark.parametrize("case", norm_cases("ghost_batch"), ids=str)
-def test_ghost_batch_keeps_its_contract_with_stacked_chunks(case, check, monkeypatch):
-    monkeypatch.setattr(ghost_batch, "LOOPED_CHUNKS", 0)
+def test_ghost_batch_keeps_its_contract_with_looped_chunks(case, check, monkeypatch):
+    monkeypatch.setattr(ghost_batch, "LOOPED_VALUES", 0)
     check(case)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tests.doctored_results import CLAIMS, doctored_report, doctored_studies
 from rich.console import Console
 
 from bnbench.registry import BadInput
@@ -36,6 +35,7 @@ from bnbench.study.claims import ClaimVerdict, adjust, family_sizes, judge, judg
 from bnbench.study.estimands import (
     accuracy_difference,
 )
+from tests.doctored_results import CLAIMS, doctored_report, doctored_studies
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.doctored_results import doctored_report, doctored_studies
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +22,7 @@ from bnbench.study.claims import family_sizes, judge
 from bnbench.study.estimands import (
     usable_lr_width,
 )
+from tests.doctored_results import doctored_report, doctored_studies
 
 
 def _luminance(colour: str) -> float:

@@ -64,9 +64,8 @@ def conduct(
 
     Every row is looked up in the record by its key, and trained only where it is missing; equal rows of
     different programs are trained once. At most `width` rows are with the executor at a time, those of
-    earlier programs first. `asked` is told what a program asks for, `done` gets each
-    finished program's lines of the table. `deadline` is a time of
-    `time.monotonic()` after which no further row is started.
+    earlier programs first. `asked` is told what a program asks for, `done` gets each finished program's
+    lines of the table. `deadline` is a time of `time.monotonic()` after which no further row is started.
     """
     runs = record.path.parent
     trials: dict[str, Trial] = {}
@@ -97,7 +96,8 @@ def conduct(
             if not state.missing:
                 send = state.got
                 continue
-            for key in state.missing:
+            # In the program's order: rows on the same data follow each other, and workers keep it.
+            for key in (key for key in keys if key in state.missing):
                 if key not in waiting:
                     trials[key] = keys[key]
                     ready.append((state.order, key))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -60,10 +60,11 @@ def measure_costs(
         for shape, trial in shapes.items()
         if shape not in costs
     }
+    task: Callable[..., Result] = train_row  # the executor adds the device
     # Two rounds: the first one of each pays for loading the data and warming up.
     for _ in range(2):
         futures = {
-            shape: executor.submit(train_row, probe.as_dict(), str(data), str(runs))
+            shape: executor.submit(task, probe.as_dict(), str(data), str(runs))
             for shape, probe in probes.items()
         }
         for shape, future in futures.items():

@@ -9,8 +9,6 @@ import json
 import logging
 import math
 import os
-import platform
-import socket
 import sys
 import time
 import traceback
@@ -30,6 +28,7 @@ from bnbench.data.batches import eval_batches
 from bnbench.engine.checkpoint import EVERY, LEAST, Checkpoint, Progress
 from bnbench.engine.chunked import Blocks, ChunkedClassifier
 from bnbench.engine.evaluate import calibration_error, finite_or_worst, logits_of, scores, worst_scores
+from bnbench.engine.provenance import provenance
 from bnbench.lit import check_model
 from bnbench.norms import normalization_batch_size
 from bnbench.norms.recalibrate import precise_statistics
@@ -138,25 +137,7 @@ def train(trial: Trial, place: Place, *, save_every: float = EVERY, save_least: 
         status, reason = "failed", traceback.format_exc()
     metrics["time/total_s"] = time.perf_counter() - clock
     metrics["memory/peak_mib"] = _peak_memory(place.device)
-    return Result(status, metrics, curve, reason, provenance(place, started))
-
-
-def provenance(place: Place, started: float) -> dict[str, Any]:
-    """Where, when and with what a row was trained."""
-    from bnbench import __version__
-
-    return {
-        "started": started,
-        "ended": time.time(),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "device": torch.cuda.get_device_name() if place.device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "bnbench": __version__,
-        "torch": str(torch.__version__),
-        "lightning": L.__version__,
-        "python": platform.python_version(),
-    }
+    return Result(status, metrics, curve, reason, provenance(place.device, started))
 
 
 def _peak_memory(device: str) -> float:

@@ -1,0 +1,241 @@
+"""Verbs over what is recorded: status, report, rerun, publish, export and import."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as TextTable
+
+from bnbench import placement
+from bnbench.engine.conduct import train_row
+from bnbench.engine.executors import LocalPool
+from bnbench.engine.lock import hold
+from bnbench.engine.provenance import git_state
+from bnbench.engine.suite import Job, judge_recorded, prepare
+from bnbench.engine.train import check_trial
+from bnbench.exchange import read_rows, write_rows
+from bnbench.record import Record
+from bnbench.registry import BadInput, nearest
+from bnbench.report import Report, StudyResult, render_csv, render_json, render_markdown, write_report
+from bnbench.study.claims import judge_claim
+from bnbench.study.load import load_claims, load_studies, load_study
+from bnbench.study.spec import Study
+from bnbench.study.table import Result
+from bnbench.study.trial import Trial, trial_from
+from bnbench.tracking import open_store, tracking_uri, trial_of_run
+from bnbench.tracking import publish as publish_record
+
+_FORMATS = ("html", "md", "json", "csv")
+
+
+def existing_record(runs: Path) -> Record:
+    """The record of a folder. Raises BadInput where there is none."""
+    path = runs / "bnbench.db"
+    if not path.exists():
+        raise BadInput(f"nothing is recorded in {runs}; run a study first, or name the folder with --runs")
+    return Record(path)
+
+
+def results_of(record: Record, jobs: Sequence[Job], suite: Mapping[str, Study]) -> tuple[StudyResult, ...]:
+    """What is recorded of these studies, judged."""
+    results = []
+    for job in jobs:
+        table, verdicts = judge_recorded(record, job, suite)
+        results.append(
+            StudyResult(
+                study=job.study,
+                preset=job.preset,
+                study_hash=job.study_hash,
+                table=table,
+                verdicts=verdicts,
+                planned=len(job.rows),
+                registered=tuple(record.registered(job.study.name, job.preset)),
+            )
+        )
+    return tuple(results)
+
+
+def gather(results: Sequence[StudyResult], runs: Path) -> Report:
+    """The report on some studies: every claim with the verdict that they give."""
+    verdicts = [verdict for result in results for verdict in result.verdicts]
+    claims = tuple((claim, judge_claim(claim.id, verdicts)) for claim in load_claims().values())
+    return Report(tuple(results), claims, _made(), runs)
+
+
+def _made() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from bnbench import __version__
+
+    made = {"bnbench": __version__, "Python": platform.python_version(), "machine": platform.platform()}
+    made |= {name: version(name) for name in ("torch", "lightning", "mlflow", "optuna")}
+    commit, dirty = git_state()
+    made |= {"git": f"{commit[:12]}{' with changes' if dirty else ''}"} if commit else {}
+    return made
+
+
+def _recorded_jobs(
+    record: Record, words: Sequence[str], preset: str | None, suite: Mapping[str, Study]
+) -> list[Job]:
+    """The studies whose present definition, or an earlier one, is in the record."""
+    there = dict.fromkeys((name, kind) for _, name, kind in record.studies())
+    known = {**suite, **{study.name: study for study in map(load_study, words)}}
+    wanted = [load_study(word).name for word in words]
+    jobs = [
+        prepare(known[name], kind)
+        for name, kind in there
+        if name in known and (not wanted or name in wanted) and preset in (None, kind)
+    ]
+    if not jobs:
+        asked = f" of {', '.join(wanted)}" if wanted else ""
+        raise BadInput(f"nothing{asked} is recorded in {record.path.parent}; `bnbench status` says what is")
+    order = list(known)
+    return sorted(
+        jobs, key=lambda job: (("quick", "full", "smoke").index(job.preset), order.index(job.study.name))
+    )
+
+
+def print_status(runs: Path) -> int:
+    """Say what is recorded of each study; 1 where something is missing."""
+    record = existing_record(runs)
+    suite = load_studies()
+    table = TextTable(box=None, pad_edge=False)
+    for title in ("study", "preset", "definition", "rows", "planned", "verdicts"):
+        table.add_column(title)
+    complete = True
+    for result in results_of(record, _recorded_jobs(record, (), None, suite), suite):
+        decided = sum(v.gate != "incomplete" for v in result.verdicts)
+        complete &= decided == len(result.verdicts)
+        table.add_row(
+            result.study.name,
+            result.preset,
+            result.study_hash,
+            str(result.recorded),
+            f"about {result.planned}",
+            f"{decided} of {len(result.verdicts)}",
+        )
+    Console(soft_wrap=True).print(table)
+    return 0 if complete else 1
+
+
+def print_report(words: tuple[str, ...], preset: str | None, format: str, runs: Path) -> int:
+    """Write the page, or print the numbers."""
+    if format not in _FORMATS:
+        raise BadInput(f"no format {format!r}{nearest(format, _FORMATS)}")
+    record = existing_record(runs)
+    suite = load_studies()
+    report = gather(results_of(record, _recorded_jobs(record, words, preset, suite), suite), runs)
+    if format == "html":
+        print(write_report(report, runs / "report"))
+    else:
+        print({"md": render_markdown, "json": render_json, "csv": render_csv}[format](report), end="")
+    return 0
+
+
+def read_trial(path: Path) -> Trial:
+    """The row of a trial.json. Raises BadInput in one line where it is none."""
+    try:
+        return trial_from(json.loads(path.read_text()), str(path))
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path}:{error.lineno} is not JSON: {error.msg}") from None
+
+
+def _train_once(trial: Trial, gpus: str, runs: Path, data: Path) -> Result:
+    """Train one row in a worker, as a study would."""
+    check_trial(trial)
+    slots = placement.plan_workers(placement.choose_gpus(gpus, os.environ), 1)
+    with LocalPool(slots) as pool:
+        result: Result = pool.submit(train_row, trial.as_dict(), str(data), str(runs)).result()
+    return result
+
+
+def print_training(path: Path, gpus: str, runs: Path, data: Path) -> int:
+    """Train the row of a file; print its metrics as JSON."""
+    trial = read_trial(path)
+    result = _train_once(trial, gpus, runs, data)
+    print(
+        json.dumps(
+            {"key": trial.key, "status": result.status, "reason": result.reason, **result.metrics}, indent=1
+        )
+    )
+    return 1 if result.status == "failed" else 0
+
+
+def print_rerun(what: str, check: bool, gpus: str, runs: Path, data: Path, uri: str | None) -> int:
+    """Train a recorded row again and compare; 1 where `check` asks and the numbers differ."""
+    record = existing_record(runs)
+    trial = _find_trial(what, record, runs, uri)
+    before = record.recall([trial.key]).get(trial.key)
+    now = _train_once(trial, gpus, runs, data)
+    table = TextTable(box=None, pad_edge=False)
+    for title in ("metric", "recorded", "now", "difference"):
+        table.add_column(title)
+    then: Mapping[str, float] = before.measured() if before is not None else {}
+    same = before is not None and before.curve == now.curve and before.status == now.status
+    for name, value in now.measured().items():
+        old = then.get(name)
+        same = same and old == value
+        gap = "not recorded" if old is None else "equal" if old == value else f"{value - old:+.3g}"
+        table.add_row(name, "" if old is None else f"{old!r}", f"{value!r}", gap)
+    console = Console(soft_wrap=True)
+    console.print(f"row {trial.key}: {now.status}", highlight=False)
+    console.print(table)
+    if before is None:
+        console.print("the row is not recorded, so there is nothing to compare with")
+        return 1 if check else 0
+    console.print("equal to the bit" if same else "the numbers differ")
+    if not same:
+        changed = {k: (before.provenance.get(k), v) for k, v in now.provenance.items() if k in _COMPARED}
+        for name, (old, new) in changed.items():
+            if old != new:
+                console.print(f"  {name}: recorded with {old}, now {new}", highlight=False)
+    return 1 if check and not same else 0
+
+
+_COMPARED = ("device", "threads", "bnbench", "torch", "lightning", "python")
+
+
+def _find_trial(what: str, record: Record, runs: Path, uri: str | None) -> Trial:
+    if what.endswith(".json"):
+        return read_trial(Path(what))
+    if (trial := record.trial(what)) is not None:
+        return trial
+    return trial_of_run(open_store(tracking_uri(uri, os.environ, runs), runs), what)
+
+
+def print_publishing(runs: Path, uri: str | None) -> int:
+    """Publish what is not there yet; 1 where something is left."""
+    record = existing_record(runs)
+    with hold(runs):
+        address = tracking_uri(uri, os.environ, runs)
+        counts = publish_record(record, open_store(address, runs))
+    print(f"{counts.published} runs published, {counts.left} left{counts.error and f': {counts.error}'}")
+    return 1 if counts.left else 0
+
+
+def export_rows(path: Path, runs: Path) -> int:
+    """Write all rows to a file."""
+    if path.suffix != ".parquet":
+        raise BadInput(f"{path} must end in .parquet")
+    print(f"{write_rows(path, existing_record(runs).rows())} rows in {path}")
+    return 0
+
+
+def import_rows(path: Path, runs: Path) -> int:
+    """Merge a file's rows; 1 where one disagrees with what is recorded."""
+    rows = read_rows(path)
+    with hold(runs):
+        record = Record(runs / "bnbench.db")
+        there = record.recall(trial.key for trial, _ in rows)
+        faults = record.append(rows)
+    print(f"{len(rows) - len(there)} rows added, {len(there)} were there")
+    for line in faults:
+        print(f"fault: {line}")
+    return 1 if faults else 0

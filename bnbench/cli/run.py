@@ -1,0 +1,255 @@
+"""`bnbench run` and `bnbench plan`: what will be trained, the work, the verdicts, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as TextTable
+
+from bnbench import doctor, placement
+from bnbench.cli.progress import Display, duration
+from bnbench.cli.recorded import gather, results_of
+from bnbench.engine.cost import known_costs, measure_costs, seconds_of, shape_of
+from bnbench.engine.executors import LocalPool
+from bnbench.engine.lock import hold
+from bnbench.engine.suite import Job, drop_weights, prepare, run_jobs
+from bnbench.record import Record
+from bnbench.registry import BadInput, nearest
+from bnbench.report import claim_lines, render_json, verdict_lines, write_report
+from bnbench.report.words import effect
+from bnbench.study.claims import Verdict
+from bnbench.study.load import load_studies, load_study
+from bnbench.study.programs import Wanted
+from bnbench.study.spec import Study
+from bnbench.study.table import Table
+from bnbench.study.trial import Trial
+from bnbench.tracking import Place, Publisher, open_store, tracking_uri
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    words: tuple[str, ...]
+    preset: str
+    gpus: str
+    workers: int | None
+    per_gpu: int
+    budget: float
+    runs: Path
+    data: Path
+    tracking_uri: str | None = None
+    offline: bool = False
+    dry_run: bool = False
+    quiet: bool = False
+    as_json: bool = False
+
+
+def seconds(text: str) -> float:
+    """The seconds of 90s, 45m, 2h or 1h30m. Raises BadInput for anything else."""
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    if match is None or not any(match.groups()):
+        raise BadInput(f"--budget {text!r} is no duration; write 90s, 45m, 2h or 1h30m")
+    hours, minutes, rest = (float(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + rest
+
+
+def run(request: Request) -> int:
+    """Do what was asked for; the exit code is 0 when every cell is complete, else 1."""
+    console = Console(stderr=request.as_json, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 140
+    presets = _presets(request)
+    suite = load_studies()
+    chosen = _choose(request.words, suite)
+    for warning in doctor.refuse_unfit(doctor.check(request.runs, request.gpus, environ=os.environ)):
+        console.print(f"[yellow]note:[/] {warning}", highlight=False)
+    slots = placement.plan_workers(
+        placement.choose_gpus(request.gpus, os.environ), request.workers, request.per_gpu
+    )
+    jobs = [prepare(study, preset) for preset in presets for study in chosen]
+    with ExitStack() as stack:
+        stack.enter_context(hold(request.runs))
+        record = Record(request.runs / "bnbench.db")
+        stack.callback(record.close)
+        pool = LocalPool(slots)
+        stack.callback(pool.shutdown)
+        costs = _costs(jobs, record, pool, request)
+        jobs.sort(key=lambda job: (presets.index(job.preset), _cost(job.rows, costs)))
+        if not request.quiet:
+            _print_plan(console, jobs, record, costs, len(slots))
+        if request.dry_run:
+            return 0
+        return _work(request, console, suite, jobs, record, pool, costs, len(slots))
+
+
+def _presets(request: Request) -> list[str]:
+    if request.preset == "auto":
+        has_gpus = bool(placement.choose_gpus(request.gpus, os.environ))
+        return ["quick", "full"] if has_gpus else ["quick"]
+    if request.preset not in ("quick", "full", "smoke"):
+        raise BadInput(
+            f"no preset named {request.preset!r}{nearest(request.preset, ('auto', 'quick', 'full', 'smoke'))}"
+        )
+    return [request.preset]
+
+
+def _choose(words: Sequence[str], suite: Mapping[str, Study]) -> list[Study]:
+    if not words:
+        return list(suite.values())
+    chosen = []
+    for word in dict.fromkeys(words):
+        study = load_study(word)
+        # The suite's own object, so that its hypotheses count in the suite's families.
+        chosen.append(suite.get(study.name, study) if suite.get(study.name) == study else study)
+    return chosen
+
+
+def _costs(jobs: Sequence[Job], record: Record, pool: LocalPool, request: Request) -> dict[str, float]:
+    known = known_costs(record)
+    missing = {shape_of(trial): trial for job in jobs for trial in job.rows}
+    return measure_costs(missing.values(), known, pool, request.data, request.runs)
+
+
+def _cost(rows: Sequence[Trial], costs: Mapping[str, float]) -> float:
+    return sum(seconds_of(trial, costs) for trial in rows)
+
+
+def _print_plan(
+    console: Console, jobs: Sequence[Job], record: Record, costs: Mapping[str, float], width: int
+) -> None:
+    table = TextTable(box=None, pad_edge=False)
+    for title, justify in (
+        ("study", "left"),
+        ("preset", "left"),
+        ("cells", "right"),
+        ("rows", "right"),
+        ("new", "right"),
+        ("core-seconds", "right"),
+    ):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    seen: set[str] = set()
+    left = 0.0
+    for job in jobs:
+        new = [trial for trial in job.rows if trial.key not in seen]
+        seen |= {trial.key for trial in new}
+        there = record.recall(trial.key for trial in new)
+        # A confirmed row is planned at a stand-in rate, so only a judged study is known to have them all.
+        judged = bool(record.verdicts(job.study_hash))
+        missing = [] if judged else [trial for trial in new if trial.key not in there]
+        left += _cost(missing, costs)
+        table.add_row(
+            job.study.name,
+            job.preset,
+            str(len(job.study.design(job.preset).cells)),
+            str(len(job.rows)),
+            str(len(missing)),
+            f"{_cost(missing, costs):.0f}",
+        )
+    console.print(table)
+    workers = f"{width} worker{'s' if width > 1 else ''}"
+    console.print(
+        f"About {left:.0f} core-seconds to train: {duration(left / width)} with {workers}.", highlight=False
+    )
+
+
+def cell_line(verdict: Verdict) -> str:
+    """One cell's verdict in one line, printed as soon as its last row is there."""
+    exploratory = "" if verdict.primary else " (exploratory)"
+    decision = f"{verdict.decision}{exploratory}"
+    return f"{verdict.hypothesis} in {verdict.cell}: {decision}, {effect(verdict)}, n = {verdict.n}"
+
+
+def _work(
+    request: Request,
+    console: Console,
+    suite: Mapping[str, Study],
+    jobs: Sequence[Job],
+    record: Record,
+    pool: LocalPool,
+    costs: Mapping[str, float],
+    width: int,
+) -> int:
+    uri = tracking_uri(request.tracking_uri, os.environ, request.runs)
+    publisher = None
+    if not request.offline:
+        store = open_store(uri, request.runs)
+        if store.notice:
+            console.print(f"[yellow]note:[/] {store.notice}", highlight=False)
+        publisher = Publisher(store, record.path, request.runs)
+        publisher.start()
+    rows = list({trial.key: trial for job in jobs for trial in job.rows}.values())
+    deadline = (
+        time.monotonic() + request.budget
+        if request.preset == "auto" and len({j.preset for j in jobs}) > 1
+        else None
+    )
+    try:
+        with Display(console, rows, costs, width, request.quiet) as display:
+
+            def on_asked(job: Job, wanted: list[Wanted]) -> None:
+                if publisher is not None:
+                    publisher.expect(
+                        Place(job.study_hash, w.cell, w.arm, w.replicate, w.role, w.trial) for w in wanted
+                    )
+
+            def on_cell(job: Job, cell: str, table: Table, verdicts: tuple[Verdict, ...]) -> None:
+                for verdict in verdicts:
+                    console.print(cell_line(verdict), highlight=False)
+                if publisher is not None:
+                    publisher.notify(job.study_hash)
+
+            def on_study(job: Job) -> None:
+                if not request.quiet:
+                    console.print(verdict_lines(results_of(record, [job], suite)[0]))
+
+            unfinished = run_jobs(
+                jobs,
+                suite,
+                record,
+                pool,
+                width=width,
+                data=request.data,
+                observer=display,
+                on_asked=on_asked,
+                on_cell=on_cell,
+                on_study=on_study,
+                deadline=deadline,
+            )
+            state = display
+        pool.shutdown()
+        results = results_of(record, jobs, suite)
+        report = gather(results, request.runs)
+        page = write_report(report, request.runs / "report")
+        drop_weights(request.runs)
+        if publisher is not None:
+            for result in results:
+                publisher.notify(
+                    result.study_hash, [page, page.parent / "verdicts.json", page.parent / "rows.parquet"]
+                )
+    finally:
+        if publisher is not None:
+            publisher.close(timeout=60)
+    console.print(claim_lines(report))
+    new = "nothing was trained" if not state.done else f"{state.done} trained"
+    console.print(
+        f"{new}, {state.reused_rows} reused, {state.diverged} diverged, {state.failed} failed",
+        highlight=False,
+    )
+    if publisher is not None and publisher.problem:
+        console.print(f"[yellow]note:[/] {publisher.problem}", highlight=False)
+    for name in unfinished:
+        console.print(f"[yellow]incomplete:[/] {name}; the same command goes on", highlight=False)
+    console.print(f"report: {page}", highlight=False)
+    if request.as_json:
+        print(json.dumps(json.loads(render_json(report)), indent=2))
+    incomplete = any(v.gate == "incomplete" for result in results for v in result.verdicts)
+    return 1 if unfinished or state.failed or incomplete else 0
