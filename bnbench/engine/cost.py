@@ -14,7 +14,7 @@ from bnbench.study.trial import Trial
 
 _PROBE_STEPS = 24
 #: An evaluated sample costs about this share of a trained one.
-_FORWARD_SHARE = 0.25
+_FORWARD_SHARE = 0.15
 
 
 def shape_of(trial: Trial) -> str:
@@ -77,7 +77,7 @@ def _seconds_a_unit(probe: Trial, result: Result) -> float:
 
 
 #: Seconds that any row takes beside its steps: building, evaluating, the Trainer.
-ROW_OVERHEAD = 0.05
+ROW_OVERHEAD = 0.02
 
 
 def seconds_of(trial: Trial, costs: Mapping[str, float]) -> float:

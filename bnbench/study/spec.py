@@ -223,8 +223,9 @@ class Design:
                 raise BadInput(f"cell {cell.name!r}, arm {arm.name!r}: {error}") from None
 
     def trial(self, cell: Cell, arm: Arm, replicate: int, **point: Any) -> Trial:
-        """The row of an arm in a cell, with the replicate's data and seed."""
-        changes = {**cell.changes, **arm.changes, **point, "data_seed": replicate, "seed": replicate}
+        """The row of an arm in a cell, with the replicate's data and seed: the base's, plus its number."""
+        seeds = {"data_seed": self.base.data_seed + replicate, "seed": self.base.seed + replicate}
+        changes = {**cell.changes, **arm.changes, **point, **seeds}
         if self.smoke:
             changes["steps"] = 2
             if changes.get("data", self.base.data).startswith("cifar"):
