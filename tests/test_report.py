@@ -235,7 +235,9 @@ def test_csv_and_markdown_and_terminal_say_the_same(report: Report) -> None:
     screen.print(claim_lines(report))
     shown = screen.file.getvalue()
     assert all(words.effect(v) in shown for v in verdicts)
-    assert all(claim.sentence in shown for claim, _ in report.claims)
+    assert all(claim.sentence in shown for claim, verdict in report.claims if verdict.cells)
+    untested = [claim.id for claim, verdict in report.claims if not verdict.cells]
+    assert f"speaks of {', '.join(untested)}." in shown
     narrow = Console(file=io.StringIO(), width=60)
     narrow.print(claim_lines(report))
 

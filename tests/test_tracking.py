@@ -166,6 +166,8 @@ def test_a_training_has_its_row_its_numbers_and_its_curve(published: Published) 
     assert run.data.metrics["test/acc"] == entry["test/acc"]
     assert run.data.metrics["val/acc"] == entry["val/acc"]  # The final value, not the curve's last.
     assert "chance" not in run.data.metrics
+    # The curve reaches the registered target of .6 at its third point.
+    assert run.data.metrics["steps_to_target"] == pytest.approx(100)
     assert run.info.start_time == round(entry.result.provenance["started"] * 1000)
     assert run.info.end_time == round(entry.result.provenance["finished"] * 1000)
     history = history_of(store, run.info.run_id, "val/loss")

@@ -34,7 +34,7 @@ def definition(cells: Sequence[str], arms: Sequence[str], **changes: Any) -> dic
         "tuning": "per_replicate",
         "cells": {
             cell: {
-                "constants": {},
+                "constants": {"target": 0.6},
                 "arms": {arm: {**row, **({"norm": arm} if arm != "batch" else {})} for arm in arms},
             }
             for cell in cells

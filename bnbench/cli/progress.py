@@ -87,7 +87,7 @@ class Display:
             self.spent += result.metrics["time/total_s"]
             self.spent_expected += expected
         if result.status == "failed":
-            self.trouble(f"row {trial.key} failed: {result.reason.strip().splitlines()[-1]}")
+            self.trouble(f"row {trial.key} failed: {result.brief}")
         self._show()
 
     def trouble(self, line: str) -> None:

@@ -220,7 +220,7 @@ def failures(result: StudyResult) -> list[list[str]]:
     groups: dict[tuple[str, str, str, float, str, str], list[int]] = {}
     for e in result.table.entries:
         if e.result.status != "done":
-            reason = " ".join(e.result.reason.split())[:200]
+            reason = e.result.brief[:200]
             place = (e.cell, e.arm, _ROLE_WORDS[e.role], e.trial.lr, e.result.status, reason)
             groups.setdefault(place, []).append(e.replicate)
     return [

@@ -290,7 +290,7 @@ def _observe(study: Study, design: Design, hypothesis: Hypothesis, replicate: Re
         for entry in replicate.entries:
             # A failed common row counts only if the estimand reads it, and is then missed below.
             if entry.arm == arm and entry.role != "common" and entry.result.status == "failed":
-                raise LookupError(f"{arm!r} failed at lr {entry.trial.lr:g}: {entry.result.reason}")
+                raise LookupError(f"{arm!r} failed at lr {entry.trial.lr:g}: {entry.result.brief}")
         tried = [entry.trial.lr for entry in replicate.grid(arm)]
         if tried != grid and (tried or study.program == "sweep"):
             raise LookupError(f"{arm!r} has {len(tried)} of {len(grid)} points of its grid")

@@ -28,6 +28,12 @@ class Result:
     reason: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def brief(self) -> str:
+        """The reason in one line: the last line of a traceback says what went wrong."""
+        lines = self.reason.strip().splitlines()
+        return lines[-1] if lines else ""
+
     def measured(self) -> dict[str, float]:
         """The metrics that a repetition must reproduce to the bit: all but times and memory."""
         return {k: v for k, v in self.metrics.items() if not k.startswith(("time/", "memory/"))}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bnbench.registry import BadInput
+from bnbench.study.estimands import steps_to_target
 from bnbench.study.table import Entry
 from bnbench.study.trial import Trial
 from bnbench.tracking.live import Live, Place
@@ -124,7 +125,8 @@ def training_draft(definition: Definition, entry: Entry) -> Draft:
         for key in CURVES
         for step, value in zip(result.curve.get("step", ()), result.curve.get(key, ()), strict=False)
     ]
-    points += [Point(k, result.metrics[k], end, entry.trial.steps) for k in METRICS if k in result.metrics]
+    metrics = {**result.metrics, **_steps_to_target(definition, entry)}
+    points += [Point(k, metrics[k], end, entry.trial.steps) for k in METRICS if k in metrics]
     tags = {**_place_tags(definition, entry, "training"), "bnbench.status": result.status}
     for name in ("git", "dirty", "world_size"):
         if name in provenance:
@@ -153,6 +155,15 @@ def training_draft(definition: Definition, entry: Entry) -> Draft:
         files=files,
         status="FAILED" if result.status == "failed" else "FINISHED",
     )
+
+
+def _steps_to_target(definition: Definition, entry: Entry) -> dict[str, float]:
+    """The steps to the cell's registered target, where it has one and the training reached it."""
+    target = definition.values["cells"][entry.cell]["constants"].get("target")
+    if target is None or "step" not in entry.result.curve:
+        return {}
+    steps = steps_to_target(entry, target)
+    return {} if steps is None else {"steps_to_target": steps}
 
 
 def grid_draft(definition: Definition, entries: Sequence[Entry], chosen: Entry | None) -> Draft:

@@ -171,7 +171,10 @@ class Session:
         ours = f"{definition.study_hash}/"
         self._runs = {item: run for item, run in self._runs.items() if not item.startswith(ours)}
         self._marks = {item: mark for item, mark in self._marks.items() if not item.startswith(ours)}
-        homes = [self._experiment(definition, name) for name in (definition.experiment, definition.tuning)]
+        names = [definition.experiment]
+        if definition.values["program"] == "search":
+            names.append(definition.tuning)
+        homes = [self._experiment(definition, name) for name in names]
         wanted = f"tags.`bnbench.record` = '{self._record_id}'"
         wanted += f" AND tags.`bnbench.study_hash` = '{definition.study_hash}'"
         noted = self._record.published(self._store.shown)
