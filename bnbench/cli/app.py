@@ -84,8 +84,8 @@ def run(
     per_gpu: PerGpu = 1,
     devices: Annotated[int, typer.Option(help="Devices of one trial.")] = 1,
     budget: Annotated[
-        str, typer.Option(help="Time for the preset full under auto, such as 90m or 2h.")
-    ] = "2h",
+        str | None, typer.Option(help="Start no training after 90m or 2h; auto gives 2h to the preset full.")
+    ] = None,
     runs: Runs = Path("runs"),
     data_folder: DataFolder = None,
     tracking_uri: TrackingUri = None,
@@ -110,7 +110,7 @@ def run(
             gpus=gpus,
             workers=workers,
             per_gpu=per_gpu,
-            budget=running.seconds(budget),
+            budget=None if budget is None else running.seconds(budget),
             runs=runs,
             data=_data(data_folder),
             tracking_uri=tracking_uri,

@@ -88,7 +88,8 @@ class Display:
             self.spent_expected += expected
         if result.status == "failed":
             self.trouble(f"row {trial.key} failed: {result.brief}")
-        self._show()
+        # The next row is about to start, and a line would count one running too few.
+        self._show(line=False)
 
     def trouble(self, line: str) -> None:
         """Something that a person should know; the work goes on."""
@@ -112,11 +113,11 @@ class Display:
         parts.append(f"{duration(self.seconds_left)} left")
         return " · ".join(parts)
 
-    def _show(self) -> None:
+    def _show(self, *, line: bool = True) -> None:
         if self.quiet:
             return
         if self._bar is not None:
             self._bar.update(self._task, completed=self.passed, text=self.text())
-        elif time.monotonic() - self._last > _EVERY:
+        elif line and time.monotonic() - self._last > _EVERY:
             self._last = time.monotonic()
             self.console.print(self.text(), highlight=False)

@@ -31,6 +31,7 @@ from bnbench.tracking import open_store, tracking_uri, trial_of_run
 from bnbench.tracking import publish as publish_record
 
 _FORMATS = ("html", "md", "json", "csv")
+_PRESETS = ("quick", "full", "smoke")
 
 
 def existing_record(runs: Path) -> Record:
@@ -61,7 +62,8 @@ def results_of(record: Record, jobs: Sequence[Job], suite: Mapping[str, Study]) 
 
 
 def gather(results: Sequence[StudyResult], runs: Path) -> Report:
-    """The report on some studies: every claim with the verdict that they give."""
+    """The report on some studies, in one order whatever ran first: every claim with the verdict they give."""
+    results = sorted(results, key=lambda result: (_PRESETS.index(result.preset), result.study.name))
     verdicts = [verdict for result in results for verdict in result.verdicts]
     claims = tuple((claim, judge_claim(claim.id, verdicts)) for claim in load_claims().values())
     return Report(tuple(results), claims, _made(), runs)
@@ -94,10 +96,7 @@ def _recorded_jobs(
     if not jobs:
         asked = f" of {', '.join(wanted)}" if wanted else ""
         raise BadInput(f"nothing{asked} is recorded in {record.path.parent}; `bnbench status` says what is")
-    order = list(known)
-    return sorted(
-        jobs, key=lambda job: (("quick", "full", "smoke").index(job.preset), order.index(job.study.name))
-    )
+    return jobs
 
 
 def print_status(runs: Path) -> int:

@@ -33,6 +33,9 @@ from bnbench.study.table import Table
 from bnbench.study.trial import Trial
 from bnbench.tracking import Place, Publisher, open_store, tracking_uri
 
+#: Seconds that `auto` gives to the full preset where nothing else is said.
+AUTO_BUDGET = 2 * 3600.0
+
 
 @dataclass(frozen=True)
 class Request:
@@ -43,7 +46,7 @@ class Request:
     gpus: str
     workers: int | None
     per_gpu: int
-    budget: float
+    budget: float | None
     runs: Path
     data: Path
     tracking_uri: str | None = None
@@ -103,14 +106,7 @@ def _presets(request: Request) -> list[str]:
 
 
 def _choose(words: Sequence[str], suite: Mapping[str, Study]) -> list[Study]:
-    if not words:
-        return list(suite.values())
-    chosen = []
-    for word in dict.fromkeys(words):
-        study = load_study(word)
-        # The suite's own object, so that its hypotheses count in the suite's families.
-        chosen.append(suite.get(study.name, study) if suite.get(study.name) == study else study)
-    return chosen
+    return [load_study(word) for word in dict.fromkeys(words)] if words else list(suite.values())
 
 
 def _costs(jobs: Sequence[Job], record: Record, pool: LocalPool, request: Request) -> dict[str, float]:
@@ -142,9 +138,10 @@ def _print_plan(
         new = [trial for trial in job.rows if trial.key not in seen]
         seen |= {trial.key for trial in new}
         there = record.recall(trial.key for trial in new)
-        # A confirmed row is planned at a stand-in rate, so only a judged study is known to have them all.
-        judged = bool(record.verdicts(job.study_hash))
-        missing = [] if judged else [trial for trial in new if trial.key not in there]
+        # A confirmed row is planned at a stand-in rate, so only a study that is judged whole is complete.
+        verdicts = record.verdicts(job.study_hash)
+        complete = bool(verdicts) and all(v["gate"] != "incomplete" for v in verdicts)
+        missing = [] if complete else [trial for trial in new if trial.key not in there]
         left += _cost(missing, costs)
         table.add_row(
             job.study.name,
@@ -187,11 +184,10 @@ def _work(
         publisher = Publisher(store, record.path, request.runs)
         publisher.start()
     rows = list({trial.key: trial for job in jobs for trial in job.rows}.values())
-    deadline = (
-        time.monotonic() + request.budget
-        if request.preset == "auto" and len({j.preset for j in jobs}) > 1
-        else None
-    )
+    budget = request.budget
+    if budget is None and request.preset == "auto" and any(job.preset == "full" for job in jobs):
+        budget = AUTO_BUDGET
+    deadline = None if budget is None else time.monotonic() + budget
     try:
         with Display(console, rows, costs, width, request.quiet) as display:
 
@@ -229,15 +225,20 @@ def _work(
         results = results_of(record, jobs, suite)
         report = gather(results, request.runs)
         page = write_report(report, request.runs / "report")
-        drop_weights(request.runs)
+        if not unfinished:
+            drop_weights(request.runs)
         if publisher is not None:
             for result in results:
                 publisher.notify(
                     result.study_hash, [page, page.parent / "verdicts.json", page.parent / "rows.parquet"]
                 )
-    finally:
+            publisher.close()
+    except BaseException:
+        # Whoever interrupts is not kept waiting: workers first, and what is not published stays recorded.
+        pool.shutdown()
         if publisher is not None:
-            publisher.close(timeout=60)
+            publisher.close(timeout=0.5)
+        raise
     console.print(claim_lines(report))
     new = "nothing was trained" if not state.done else f"{state.done} trained"
     console.print(

@@ -27,12 +27,8 @@ class Job:
 
     study: Study
     preset: str
+    study_hash: str
     rows: tuple[Trial, ...]
-
-    @property
-    def study_hash(self) -> str:
-        """The identity of the definition."""
-        return self.study.hash(self.preset)
 
 
 def prepare(study: Study, preset: str) -> Job:
@@ -46,7 +42,7 @@ def prepare(study: Study, preset: str) -> Job:
                 raise BadInput(
                     f"study {study.name!r}, cell {cell.name!r}, arm {arm.name!r}: {error}"
                 ) from None
-    return Job(study, preset, tuple(planned_rows(study, preset)))
+    return Job(study, preset, study.hash(preset), tuple(planned_rows(study, preset)))
 
 
 def families(suite: Mapping[str, Study], job: Job) -> dict[str, int]:

@@ -173,7 +173,7 @@ def draw_forest(
     frame = _Frame(*_limits(rows, in_delta), in_delta, wide)
     total = sum(frame.height + (0.95 if row.heading else 0.0) for row in rows) + 0.1
     width, inside, foot = (760.0, 34.0 * total, 46.0) if wide else (_WIDTH, 36.0 * total, 46.0)
-    left, right = (0.2, 0.755) if wide else (0.02, 0.98)
+    left, right = (0.245, 0.755) if wide else (0.02, 0.98)
     with house_style():
         figure = new_figure(width, inside + foot)
         bottom = foot / (inside + foot)
@@ -226,12 +226,12 @@ def _forest_row(axes: Any, row: ForestRow, top: float, frame: _Frame, across: An
     for edge in (-verdict.delta / unit, verdict.delta / unit):
         axes.plot([edge, edge], [start, end], color=INK, linewidth=0.9, linestyle=(0, (2, 2)), alpha=0.7)
     axes.plot([0, 0], [start, end], color=INK, linewidth=0.9)
-    sides = (0.19, 0.765) if frame.wide else (0.02, 0.98)
+    sides = (0.235, 0.765) if frame.wide else (0.02, 0.98)
     place: dict[str, Any] = {"transform": across, "fontsize": 11, "va": "center"}
     axes.text(
         sides[0],
         words,
-        _cut(row.label, 22 if frame.wide else 30),
+        _cut(row.label, 28 if frame.wide else 30),
         ha="right" if frame.wide else "left",
         **place,
     )

@@ -12,7 +12,7 @@ from bnbench.report.result import Report, StudyResult
 from bnbench.report.summaries import USABLE_MARGIN, learning_curve, paired_scores, sweep
 from bnbench.report.words import ORDER, status
 from bnbench.study import Claim
-from bnbench.study.claims import ClaimVerdict
+from bnbench.study.claims import ClaimVerdict, Verdict
 from bnbench.study.table import Role
 
 
@@ -79,18 +79,23 @@ def draw_all(report: Report) -> Gallery:
 
 def _forest(name: str, claim: Claim, verdict: ClaimVerdict) -> Drawing:
     units = {cell.unit for cell in verdict.cells}
-    several = len({(cell.study, cell.hypothesis) for cell in verdict.cells}) > 1
-    rows = [ForestRow(f"{v.hypothesis} · {v.cell}" if several else v.cell, v) for v in verdict.cells]
+    rows = [ForestRow(label, v) for label, v in _labelled(verdict)]
     title = f"{claim.id}: the effect in every primary cell with its simultaneous interval"
     return draw_forest(f"{name}-effects", title, rows, in_delta=len(units) > 1)
+
+
+def _labelled(verdict: ClaimVerdict) -> list[tuple[str, Verdict]]:
+    """Each cell with its name, and with its hypothesis where the claim has several."""
+    several = len({(cell.study, cell.hypothesis) for cell in verdict.cells}) > 1
+    return [(f"{v.hypothesis} · {v.cell}" if several else v.cell, v) for v in verdict.cells]
 
 
 def _headline(report: Report) -> Drawing | None:
     rows = []
     for claim, verdict in in_order(report):
-        for i, cell in enumerate(verdict.cells):
+        for i, (label, cell) in enumerate(_labelled(verdict)):
             heading = (f"{claim.id}  {claim.sentence}", verdict.decision) if i == 0 else None
-            rows.append(ForestRow(cell.cell, cell, heading))
+            rows.append(ForestRow(label, cell, heading))
     if not rows:
         return None
     title = "Every primary cell of every claim, in units of the smallest effect that matters"
