@@ -84,7 +84,12 @@ def _own_model(
         is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if is_named and parameter.default is parameter.empty and parameter.name not in given:
             raise BadInput(f"model {path!r} needs {parameter.name!r}; give it among the model's options")
-    model = make(**given)
+    try:
+        model = make(**given)
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"model {path!r} cannot be built: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise BadInput(f"model {path!r} made a {type(model).__name__}, not an nn.Module")
     return model

@@ -75,7 +75,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (
             'Arm("batch", norm="batch", dropout=0.1)',
             'Arm("batch", norm="group", norm_options={"num_groups": 5})',
-            ("batch", "num_groups", "5", "1, 2, 4, 8, 16, 32"),
+            ("tiny.py", "batch", "num_groups", "5", "1, 2, 4, 8, 16, 32"),
         ),
         (
             'Arm("batch", norm="batch", dropout=0.1)',
@@ -95,6 +95,48 @@ def test_a_study_file_with_a_fault_is_explained_in_one_line(
     for word in words:
         assert word in line
     assert not (tmp_path / "runs" / "bnbench.db").exists()
+
+
+def test_a_study_file_cannot_take_the_name_of_a_study_of_the_project(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = write_tiny(tmp_path, **{'name="tiny"': 'name="convergence"'})
+    line = complaint(capsys, "run", path, "--runs", tmp_path / "runs")
+    assert "tiny.py" in line
+    assert "'convergence'; give yours another name" in line
+
+
+def test_a_model_that_cannot_be_built_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unbuildable.py").write_text("def make(num_classes):\n    raise OSError('no such thing')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arm = 'Arm("batch", norm="batch", dropout=0.1)'
+    study = write_tiny(tmp_path, **{arm: 'Arm("batch", model="unbuildable:make", model_options={})'})
+    line = complaint(capsys, "run", study, "--runs", tmp_path / "runs")
+    assert "tiny.py" in line
+    assert "unbuildable:make" in line
+    assert "no such thing" in line
+
+
+def test_a_claim_is_judged_within_one_preset() -> None:
+    from bnbench.cli.recorded import gather
+    from tests.doctored_results import doctored_report
+
+    whole = doctored_report()
+    (quick,) = [r for r in whole.results if r.study.name == "convergence"]
+    import dataclasses
+
+    other = dataclasses.replace(
+        quick,
+        preset="full",
+        verdicts=tuple(
+            dataclasses.replace(v, decision="INCONCLUSIVE", gate="incomplete") for v in quick.verdicts
+        ),
+    )
+    alone = {claim.id: verdict for claim, verdict in gather([quick], whole.runs).claims}
+    both = {claim.id: verdict for claim, verdict in gather([other, quick], whole.runs).claims}
+    assert both == alone
 
 
 def test_help_needs_no_torch() -> None:

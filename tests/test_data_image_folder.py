@@ -62,6 +62,18 @@ def test_parts_without_a_folder_take_15_percent_of_train(root, folders, sizes):
     assert all(set(part.y) == {0, 1, 2} for part in (parts.train, parts.val, parts.test))
 
 
+@pytest.mark.parametrize("folders", [(), ("val", "test")])
+def test_the_first_samples_of_every_part_meet_all_classes(root, folders):
+    for part in folders:
+        for name in CLASSES:
+            for number in range(4):
+                write(root / part / name / f"{number}.png")
+    parts = read(root)
+    # Whatever takes the first samples (statistics, curves) must not see one class alone.
+    for part in (parts.train, parts.val, parts.test):
+        assert set(part.y[:6]) == {0, 1, 2}
+
+
 def test_gray_images_have_one_channel(tmp_path):
     root = tmp_path / "images"
     for name in "ab":

@@ -223,13 +223,12 @@ def data(
 def train(
     trial: Annotated[Path, typer.Argument(help="A trial.json.")],
     gpus: Gpus = "all",
-    runs: Runs = Path("runs"),
     data_folder: DataFolder = None,
 ) -> int:
     """Train one row from its trial.json and print what was measured."""
     from bnbench.cli.recorded import print_training
 
-    return print_training(trial, gpus, runs, _data(data_folder))
+    return print_training(trial, gpus, _data(data_folder))
 
 
 @app.command()

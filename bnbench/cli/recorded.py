@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as TextTable
 
 from bnbench import placement
-from bnbench.engine.conduct import train_row
+from bnbench.engine.conduct import killed, train_row
 from bnbench.engine.executors import LocalPool
 from bnbench.engine.lock import hold
 from bnbench.engine.provenance import git_state
@@ -22,7 +24,7 @@ from bnbench.exchange import read_rows, write_rows
 from bnbench.record import Record
 from bnbench.registry import BadInput, nearest
 from bnbench.report import Report, StudyResult, render_csv, render_json, render_markdown, write_report
-from bnbench.study.claims import judge_claim
+from bnbench.study.claims import ClaimVerdict, judge_claim
 from bnbench.study.load import load_claims, load_studies, load_study
 from bnbench.study.spec import Study
 from bnbench.study.table import Result
@@ -64,9 +66,19 @@ def results_of(record: Record, jobs: Sequence[Job], suite: Mapping[str, Study]) 
 def gather(results: Sequence[StudyResult], runs: Path) -> Report:
     """The report on some studies, in one order whatever ran first: every claim with the verdict they give."""
     results = sorted(results, key=lambda result: (_PRESETS.index(result.preset), result.study.name))
-    verdicts = [verdict for result in results for verdict in result.verdicts]
-    claims = tuple((claim, judge_claim(claim.id, verdicts)) for claim in load_claims().values())
+    claims = tuple((claim, _judge_claim(claim.id, results)) for claim in load_claims().values())
     return Report(tuple(results), claims, _made(), runs)
+
+
+def _judge_claim(claim: str, results: Sequence[StudyResult]) -> ClaimVerdict:
+    """A claim's verdict in one preset, since its family is declared for each: full where that is complete."""
+    judged = [
+        judge_claim(claim, [v for r in results if r.preset == preset for v in r.verdicts])
+        for preset in ("full", "quick", "smoke")
+    ]
+    spoken = [verdict for verdict in judged if verdict.cells] or judged
+    whole = [v for v in spoken if v.cells and all(cell.gate != "incomplete" for cell in v.cells)]
+    return (whole or spoken)[0]
 
 
 def _made() -> dict[str, str]:
@@ -81,21 +93,24 @@ def _made() -> dict[str, str]:
     return made
 
 
-def _recorded_jobs(
-    record: Record, words: Sequence[str], preset: str | None, suite: Mapping[str, Study]
+def recorded_jobs(
+    record: Record, studies: Sequence[Study], preset: str | None, suite: Mapping[str, Study]
 ) -> list[Job]:
-    """The studies whose present definition, or an earlier one, is in the record."""
+    """The studies whose present definition, or an earlier one, is in the record; all where none is named."""
     there = dict.fromkeys((name, kind) for _, name, kind in record.studies())
-    known = {**suite, **{study.name: study for study in map(load_study, words)}}
-    wanted = [load_study(word).name for word in words]
+    known = {**suite, **{study.name: study for study in studies}}
+    wanted = [study.name for study in studies]
     jobs = [
         prepare(known[name], kind)
         for name, kind in there
         if name in known and (not wanted or name in wanted) and preset in (None, kind)
     ]
     if not jobs:
-        asked = f" of {', '.join(wanted)}" if wanted else ""
-        raise BadInput(f"nothing{asked} is recorded in {record.path.parent}; `bnbench status` says what is")
+        names = ", ".join(dict.fromkeys(name for name, _ in there)) or "nothing"
+        asked = f"of {', '.join(wanted)}" if wanted else "of the project's studies"
+        raise BadInput(
+            f"nothing {asked} is recorded in {record.path.parent}, but {names}; give the file of that study"
+        )
     return jobs
 
 
@@ -107,7 +122,7 @@ def print_status(runs: Path) -> int:
     for title in ("study", "preset", "definition", "rows", "planned", "verdicts"):
         table.add_column(title)
     complete = True
-    for result in results_of(record, _recorded_jobs(record, (), None, suite), suite):
+    for result in results_of(record, recorded_jobs(record, (), None, suite), suite):
         decided = sum(v.gate != "incomplete" for v in result.verdicts)
         complete &= decided == len(result.verdicts)
         table.add_row(
@@ -128,7 +143,8 @@ def print_report(words: tuple[str, ...], preset: str | None, format: str, runs: 
         raise BadInput(f"no format {format!r}{nearest(format, _FORMATS)}")
     record = existing_record(runs)
     suite = load_studies()
-    report = gather(results_of(record, _recorded_jobs(record, words, preset, suite), suite), runs)
+    jobs = recorded_jobs(record, [load_study(word) for word in words], preset, suite)
+    report = gather(results_of(record, jobs, suite), runs)
     if format == "html":
         print(write_report(report, runs / "report"))
     else:
@@ -144,21 +160,25 @@ def read_trial(path: Path) -> Trial:
         raise BadInput(f"cannot read {path}: {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise BadInput(f"{path}:{error.lineno} is not JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is not JSON text") from None
 
 
-def _train_once(trial: Trial, gpus: str, runs: Path, data: Path) -> Result:
-    """Train one row in a worker, as a study would."""
+def _train_once(trial: Trial, gpus: str, data: Path) -> Result:
+    """Train one row in a worker, as a study would, but beside `runs/`: no checkpoint, no saved weights."""
     check_trial(trial)
     slots = placement.plan_workers(placement.choose_gpus(gpus, os.environ), 1)
-    with LocalPool(slots) as pool:
-        result: Result = pool.submit(train_row, trial.as_dict(), str(data), str(runs)).result()
-    return result
+    task: Callable[..., Result] = train_row  # the executor adds the device
+    with tempfile.TemporaryDirectory() as scratch, LocalPool(slots) as pool:
+        future = pool.submit(task, trial.as_dict(), str(data), scratch)
+        error = future.exception()
+        return killed(trial) if isinstance(error, BrokenExecutor) else future.result()
 
 
-def print_training(path: Path, gpus: str, runs: Path, data: Path) -> int:
+def print_training(path: Path, gpus: str, data: Path) -> int:
     """Train the row of a file; print its metrics as JSON."""
     trial = read_trial(path)
-    result = _train_once(trial, gpus, runs, data)
+    result = _train_once(trial, gpus, data)
     print(
         json.dumps(
             {"key": trial.key, "status": result.status, "reason": result.reason, **result.metrics}, indent=1
@@ -172,15 +192,18 @@ def print_rerun(what: str, check: bool, gpus: str, runs: Path, data: Path, uri: 
     record = existing_record(runs)
     trial = _find_trial(what, record, runs, uri)
     before = record.recall([trial.key]).get(trial.key)
-    now = _train_once(trial, gpus, runs, data)
+    now = _train_once(trial, gpus, data)
     table = TextTable(box=None, pad_edge=False)
     for title in ("metric", "recorded", "now", "difference"):
         table.add_column(title)
     then: Mapping[str, float] = before.measured() if before is not None else {}
-    same = before is not None and before.curve == now.curve and before.status == now.status
+    same = (
+        before is not None
+        and (before.status, before.curve) == (now.status, now.curve)
+        and before.measured() == now.measured()
+    )
     for name, value in now.measured().items():
         old = then.get(name)
-        same = same and old == value
         gap = "not recorded" if old is None else "equal" if old == value else f"{value - old:+.3g}"
         table.add_row(name, "" if old is None else f"{old!r}", f"{value!r}", gap)
     console = Console(soft_wrap=True)

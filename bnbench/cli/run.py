@@ -16,8 +16,9 @@ from rich.table import Table as TextTable
 
 from bnbench import doctor, placement
 from bnbench.cli.progress import Display, duration
-from bnbench.cli.recorded import gather, results_of
-from bnbench.engine.cost import known_costs, measure_costs, seconds_of, shape_of
+from bnbench.cli.recorded import gather, recorded_jobs, results_of
+from bnbench.data import fetch
+from bnbench.engine.cost import known_costs, measure_costs, seconds_of
 from bnbench.engine.executors import LocalPool
 from bnbench.engine.lock import hold
 from bnbench.engine.suite import Job, drop_weights, prepare, run_jobs
@@ -78,17 +79,22 @@ def run(request: Request) -> int:
     slots = placement.plan_workers(
         placement.choose_gpus(request.gpus, os.environ), request.workers, request.per_gpu
     )
-    jobs = [prepare(study, preset) for preset in presets for study in chosen]
+    jobs = _prepare(chosen, presets)
     with ExitStack() as stack:
         stack.enter_context(hold(request.runs))
         record = Record(request.runs / "bnbench.db")
         stack.callback(record.close)
         pool = LocalPool(slots)
         stack.callback(pool.shutdown)
-        costs = _costs(jobs, record, pool, request)
+        if not request.dry_run:
+            jobs = _with_data(jobs, request, console)
+        rows = [trial for job in jobs for trial in job.rows]
+        costs = measure_costs(rows, known_costs(record), pool, request.data, request.runs)
         jobs.sort(key=lambda job: (presets.index(job.preset), _cost(job.rows, costs)))
         if not request.quiet:
             _print_plan(console, jobs, record, costs, len(slots))
+        if (budget := _budget(request, jobs)) is not None and not request.quiet:
+            console.print(f"No training starts after {duration(budget)}.", highlight=False)
         if request.dry_run:
             return 0
         return _work(request, console, suite, jobs, record, pool, costs, len(slots))
@@ -105,14 +111,52 @@ def _presets(request: Request) -> list[str]:
     return [request.preset]
 
 
-def _choose(words: Sequence[str], suite: Mapping[str, Study]) -> list[Study]:
-    return [load_study(word) for word in dict.fromkeys(words)] if words else list(suite.values())
+def _choose(words: Sequence[str], suite: Mapping[str, Study]) -> dict[str, Study]:
+    """The studies by the word that named each, every one once."""
+    if not words:
+        return dict(suite)
+    chosen: dict[str, Study] = {}
+    for word in words:
+        study = load_study(word)
+        if suite.get(study.name, study) is not study:
+            raise BadInput(f"{word}: the project has a study named {study.name!r}; give yours another name")
+        if all(study is not other for other in chosen.values()):
+            chosen[word] = study
+    return chosen
 
 
-def _costs(jobs: Sequence[Job], record: Record, pool: LocalPool, request: Request) -> dict[str, float]:
-    known = known_costs(record)
-    missing = {shape_of(trial): trial for job in jobs for trial in job.rows}
-    return measure_costs(missing.values(), known, pool, request.data, request.runs)
+def _prepare(chosen: Mapping[str, Study], presets: Sequence[str]) -> list[Job]:
+    """Check every row of every study, and name the file of one that cannot be."""
+    jobs = []
+    for preset in presets:
+        for word, study in chosen.items():
+            try:
+                jobs.append(prepare(study, preset))
+            except BadInput as error:
+                raise BadInput(f"{word}: {error}" if word.endswith(".py") else str(error)) from None
+    return jobs
+
+
+def _with_data(jobs: list[Job], request: Request, console: Console) -> list[Job]:
+    """Download what is missing; under `auto`, the full preset is left out where that fails."""
+    fetched: dict[str, str] = {}
+    ready = []
+    for job in jobs:
+        for trial in job.rows:
+            place = json.dumps([trial.data, dict(trial.data_options)], sort_keys=True)
+            if place not in fetched:
+                try:
+                    fetch(trial.data, request.data, **trial.data_options)
+                    fetched[place] = ""
+                except BadInput as error:
+                    if not (request.preset == "auto" and job.preset == "full"):
+                        raise
+                    fetched[place] = str(error)
+                    console.print(f"[yellow]note:[/] the preset full is left out: {error}", highlight=False)
+        places = {json.dumps([t.data, dict(t.data_options)], sort_keys=True) for t in job.rows}
+        if not any(fetched[place] for place in places):
+            ready.append(job)
+    return ready
 
 
 def _cost(rows: Sequence[Trial], costs: Mapping[str, float]) -> float:
@@ -158,11 +202,31 @@ def _print_plan(
     )
 
 
+def _budget(request: Request, jobs: Sequence[Job]) -> float | None:
+    """The seconds after which no training starts, if there is such a limit."""
+    if request.budget is None and request.preset == "auto" and any(job.preset == "full" for job in jobs):
+        return AUTO_BUDGET
+    return request.budget
+
+
 def cell_line(verdict: Verdict) -> str:
     """One cell's verdict in one line, printed as soon as its last row is there."""
     exploratory = "" if verdict.primary else " (exploratory)"
     decision = f"{verdict.decision}{exploratory}"
     return f"{verdict.hypothesis} in {verdict.cell}: {decision}, {effect(verdict)}, n = {verdict.n}"
+
+
+def _mixtures(cell: str, table: Table) -> list[str]:
+    """A line for each thing that must be the same for all rows of a cell and is not."""
+    places = [entry.result.provenance for entry in table.of(cell=cell)]
+    lines = []
+    for name in ("device", "torch", "bnbench"):
+        kinds = sorted({str(place.get(name)) for place in places})
+        if len(kinds) > 1:
+            lines.append(
+                f"the rows of {cell} were trained with {name} {' and '.join(kinds)}; compare with care"
+            )
+    return lines
 
 
 def _work(
@@ -184,9 +248,7 @@ def _work(
         publisher = Publisher(store, record.path, request.runs)
         publisher.start()
     rows = list({trial.key: trial for job in jobs for trial in job.rows}.values())
-    budget = request.budget
-    if budget is None and request.preset == "auto" and any(job.preset == "full" for job in jobs):
-        budget = AUTO_BUDGET
+    budget = _budget(request, jobs)
     deadline = None if budget is None else time.monotonic() + budget
     try:
         with Display(console, rows, costs, width, request.quiet) as display:
@@ -200,6 +262,8 @@ def _work(
             def on_cell(job: Job, cell: str, table: Table, verdicts: tuple[Verdict, ...]) -> None:
                 for verdict in verdicts:
                     console.print(cell_line(verdict), highlight=False)
+                for line in _mixtures(cell, table):
+                    display.trouble(line)
                 if publisher is not None:
                     publisher.notify(job.study_hash)
 
@@ -218,20 +282,20 @@ def _work(
                 on_asked=on_asked,
                 on_cell=on_cell,
                 on_study=on_study,
+                cost_of=lambda trial: seconds_of(trial, costs),
                 deadline=deadline,
             )
-            state = display
         pool.shutdown()
-        results = results_of(record, jobs, suite)
+        # The page shows all that the folder holds, not only what this command ran.
+        known = {**suite, **{job.study.name: job.study for job in jobs}}
+        results = results_of(record, recorded_jobs(record, (), None, known), suite)
         report = gather(results, request.runs)
         page = write_report(report, request.runs / "report")
-        if not unfinished:
-            drop_weights(request.runs)
+        drop_weights(request.runs, record, [job for job in jobs if job not in unfinished])
         if publisher is not None:
-            for result in results:
-                publisher.notify(
-                    result.study_hash, [page, page.parent / "verdicts.json", page.parent / "rows.parquet"]
-                )
+            files = [page, page.parent / "verdicts.json", page.parent / "rows.parquet"]
+            for job in jobs:
+                publisher.notify(job.study_hash, files)
             publisher.close()
     except BaseException:
         # Whoever interrupts is not kept waiting: workers first, and what is not published stays recorded.
@@ -240,17 +304,22 @@ def _work(
             publisher.close(timeout=0.5)
         raise
     console.print(claim_lines(report))
-    new = "nothing was trained" if not state.done else f"{state.done} trained"
+    new = f"{display.done} trained" if display.done else "nothing was trained"
     console.print(
-        f"{new}, {state.reused_rows} reused, {state.diverged} diverged, {state.failed} failed",
+        f"{new}, {display.reused_rows} reused, {display.diverged} diverged, {display.failed} failed",
         highlight=False,
     )
     if publisher is not None and publisher.problem:
         console.print(f"[yellow]note:[/] {publisher.problem}", highlight=False)
-    for name in unfinished:
-        console.print(f"[yellow]incomplete:[/] {name}; the same command goes on", highlight=False)
+    for job in unfinished:
+        console.print(
+            f"[yellow]incomplete:[/] {job.study.name} ({job.preset}); the same command goes on",
+            highlight=False,
+        )
     console.print(f"report: {page}", highlight=False)
     if request.as_json:
-        print(json.dumps(json.loads(render_json(report)), indent=2))
-    incomplete = any(v.gate == "incomplete" for result in results for v in result.verdicts)
-    return 1 if unfinished or state.failed or incomplete else 0
+        print(render_json(report), end="")
+    # Under `auto` the full preset goes as far as its budget allows: being cut off is what was asked for.
+    ended = {job.study_hash for job in jobs if job not in unfinished}
+    incomplete = any(v.gate == "incomplete" for r in results if r.study_hash in ended for v in r.verdicts)
+    return 1 if display.failed or incomplete or (unfinished and request.preset != "auto") else 0

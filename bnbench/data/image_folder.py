@@ -55,7 +55,12 @@ def read_image_folder(data_seed: int, folder: Path, *, path: str, size: int | No
             listings[part] = _images(root / part, classes)
     name = f"image-folder-{_key(root, listings, size)}.npz"
     arrays = cached_arrays(folder / name, lambda: _decode_all(listings, size))
-    parts = {part: Samples(arrays[f"{part}_x"], arrays[f"{part}_y"]) for part in listings}
+    parts = {}
+    for part in listings:
+        samples = Samples(arrays[f"{part}_x"], arrays[f"{part}_y"])
+        # Files come class by class, and what takes the first samples of a part must meet all classes.
+        order = stratified_order(torch.from_numpy(samples.y), generator(data_seed, "image_folder", part))
+        parts[part] = samples.take(order)
 
     known = parts["train"]
     missing = [part for part in ("val", "test") if part not in parts]

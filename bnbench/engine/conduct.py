@@ -118,7 +118,6 @@ def conduct(
                 ask(state, state.got)
 
     def start(trial: Trial) -> None:
-        observer.started(trial)
         task: Callable[..., Result] = train_row  # the executor adds the device
         in_flight[executor.submit(task, trial.as_dict(), str(data), str(runs))] = trial
 
@@ -126,7 +125,9 @@ def conduct(
         ask(state, None)
     while ready or in_flight:
         while ready and len(in_flight) < width and (deadline is None or time.monotonic() < deadline):
-            start(trials.pop(ready.pop(0)[1]))
+            trial = trials.pop(ready.pop(0)[1])
+            observer.started(trial)
+            start(trial)
         if not in_flight:
             break
         finished, _ = wait(in_flight, timeout=1.0, return_when=FIRST_COMPLETED)
@@ -142,7 +143,7 @@ def conduct(
                     observer.trouble(f"the worker of row {trial.key} died; the row is trained again")
                     start(trial)
                 else:
-                    settle(trial, _lost(trial))
+                    settle(trial, killed(trial))
             elif isinstance(error, BadInput):
                 refused = error  # what else has ended is recorded first
             else:
@@ -152,7 +153,8 @@ def conduct(
     return [state.name for state in unfinished.values()]
 
 
-def _lost(trial: Trial) -> Result:
+def killed(trial: Trial) -> Result:
+    """The result of a row that kills its worker, with the sizes that may be too large."""
     sizes = ", ".join(
         f"{f.name}={getattr(trial, f.name)!r}"
         for f in dataclasses.fields(trial)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import BrokenExecutor, Executor
 from pathlib import Path
 
+from bnbench.data import DATASETS
 from bnbench.engine.conduct import train_row
 from bnbench.record import Record
 from bnbench.study.table import Result
@@ -55,7 +56,14 @@ def measure_costs(
     shapes = {shape_of(trial): trial for trial in trials}
     probes = {
         shape: trial.replace(
-            steps=min(trial.steps, _PROBE_STEPS), score_on="val", curve_points=0, data_seed=0, seed=0, lr=1e-3
+            steps=min(trial.steps, _PROBE_STEPS),
+            score_on="val",
+            curve_points=0,
+            data_seed=0,
+            seed=0,
+            lr=1e-3,
+            # A plan needs no download: a stand-in of the same shape costs as much.
+            data_options={**trial.data_options, **DATASETS[trial.data].offline},
         )
         for shape, trial in shapes.items()
         if shape not in costs
@@ -68,6 +76,8 @@ def measure_costs(
             for shape, probe in probes.items()
         }
         for shape, future in futures.items():
+            if isinstance(future.exception(), BrokenExecutor):
+                continue  # the study itself will say by name which row kills its worker
             costs[shape] = _seconds_a_unit(probes[shape], future.result())
     return costs
 

@@ -18,7 +18,7 @@ from bnbench.study.claims import Verdict, adjust, family_sizes, judge, to_json
 from bnbench.study.programs import Wanted, planned_rows, programs_of
 from bnbench.study.spec import Study
 from bnbench.study.table import Entry, Table
-from bnbench.study.trial import Trial
+from bnbench.study.trial import Trial, trial_from
 
 
 @dataclass(frozen=True)
@@ -70,25 +70,35 @@ def run_jobs(
     on_asked: Callable[[Job, list[Wanted]], None],
     on_cell: Callable[[Job, str, Table, tuple[Verdict, ...]], None],
     on_study: Callable[[Job], None],
+    cost_of: Callable[[Trial], float],
     deadline: float | None = None,
-) -> list[str]:
-    """Run the programs of all jobs, earlier jobs first; returns the names of studies that a deadline cut off.
+) -> list[Job]:
+    """Run the programs of all jobs; returns those that a deadline cut off.
 
-    A definition is registered before its first trial. `on_asked` is told which rows a program needs,
-    `on_cell` gets the table and the verdicts of a cell whose last program has ended, `on_study` is called
-    when all cells of a study have.
+    Cells come by their cost (`cost_of`, the seconds of a row), those of a later preset after all of an
+    earlier one: so verdicts come one by one, the cheapest first, and cells of two studies that share rows
+    follow each other. A definition is registered before its first trial. `on_asked` is told which rows a
+    program needs, `on_cell` gets the table and the verdicts of a cell whose last program has ended,
+    `on_study` is called when all cells of a study have.
     """
     left: Counter[tuple[str, str]] = Counter()
     programs = []
     by_hash = {job.study_hash: job for job in jobs}
     for study_hash, job in by_hash.items():
         record.register(study_hash, job.study.definition(job.preset))
-        own = programs_of(job.study, job.preset)
-        # All replicates of a cell before the next cell, so that verdicts come one by one.
-        order = [cell.name for cell in job.study.design(job.preset).cells]
-        own.sort(key=lambda named: order.index(named[0]))
-        programs += [((study_hash, cell), program) for cell, program in own]
-        left.update((study_hash, cell) for cell, _ in own)
+        for cell, program in programs_of(job.study, job.preset):
+            programs.append(((study_hash, cell), program))
+            left[study_hash, cell] += 1
+    presets = list(dict.fromkeys(job.preset for job in jobs))
+
+    def place(name: tuple[str, str]) -> tuple[int, float]:
+        job = by_hash[name[0]]
+        design = job.study.design(job.preset)
+        cell = design.cell(name[1])
+        return presets.index(job.preset), sum(cost_of(design.trial(cell, arm, 0)) for arm in design.arms)
+
+    places = {name: place(name) for name in left}
+    programs.sort(key=lambda named: places[named[0]])
 
     def asked(name: tuple[str, str], wanted: list[Wanted]) -> None:
         record.enroll(name[0], wanted)
@@ -118,32 +128,43 @@ def run_jobs(
         done=done,
         deadline=deadline,
     )
-    return list(dict.fromkeys(by_hash[study_hash].study.name for study_hash, _ in cut_off))
+    return [by_hash[study_hash] for study_hash in dict.fromkeys(study_hash for study_hash, _ in cut_off)]
 
 
 def keep_best_weights(runs: Path, job: Job, table: Table) -> None:
     """Keep each cell's and arm's best confirmed model as `runs/models/<study>/<preset>/<cell>/<arm>/`.
 
-    The best is that of the highest validation accuracy (ties: the lowest replicate). A row whose weights
-    are not at hand, because another study trained and dropped them, leaves what is there.
+    The best is that of the highest validation accuracy (ties: the lowest replicate). Where its weights have
+    been dropped, because another study trained the row, they are copied from the model that was kept then;
+    if that was another row, there is no model.
     """
+    kept = {
+        trial_from(json.loads(path.read_text()), str(path)).key: path.parent
+        for path in (runs / "models").glob("*/*/*/*/trial.json")
+    }
     for cell in job.study.design(job.preset).cells:
         for arm in job.study.design(job.preset).arms:
             rows = [
                 e for e in table.of(cell=cell.name, arm=arm.name, roles=["own"]) if e.result.status == "done"
             ]
+            folder = runs / "models" / job.study.name / job.preset / cell.name / arm.name
             if not rows:
                 continue
-            best = max(rows, key=lambda e: (e["val/acc"], -e.replicate))
-            weights = runs / "weights" / f"{best.trial.key}.safetensors"
-            folder = runs / "models" / job.study.name / job.preset / cell.name / arm.name
-            if weights.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(weights, folder / "model.safetensors")
-                (folder / "module.json").write_text(json.dumps(module_arguments(best.trial), indent=1) + "\n")
-                (folder / "trial.json").write_text(json.dumps(best.trial.as_dict(), indent=1) + "\n")
+            best = max(rows, key=lambda e: (e["val/acc"], -e.replicate)).trial
+            weights = runs / "weights" / f"{best.key}.safetensors"
+            source = weights if weights.exists() else kept.get(best.key, runs) / "model.safetensors"
+            if source == folder / "model.safetensors":
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+            if source.exists():
+                folder.mkdir(parents=True)
+                shutil.copyfile(source, folder / "model.safetensors")
+                for name, values in (("module.json", module_arguments(best)), ("trial.json", best.as_dict())):
+                    (folder / name).write_text(json.dumps(values, indent=1) + "\n")
 
 
-def drop_weights(runs: Path) -> None:
-    """Delete the weights that no study kept, once all studies have ended."""
-    shutil.rmtree(runs / "weights", ignore_errors=True)
+def drop_weights(runs: Path, record: Record, jobs: Sequence[Job]) -> None:
+    """Delete the weights of rows of finished studies; the best have been kept."""
+    for job in jobs:
+        for entry in record.table(job.study_hash).of(roles=["own", "common"]):
+            (runs / "weights" / f"{entry.trial.key}.safetensors").unlink(missing_ok=True)
