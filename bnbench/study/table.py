@@ -30,9 +30,9 @@ class Result:
 
     @property
     def brief(self) -> str:
-        """The reason in one line: the last line of a traceback says what went wrong."""
+        """The reason in one line; of a traceback its last one, which says what went wrong."""
         lines = self.reason.strip().splitlines()
-        return lines[-1] if lines else ""
+        return lines[-1] if self.reason.startswith("Traceback") else " ".join(" ".join(lines).split())
 
     def measured(self) -> dict[str, float]:
         """The metrics that a repetition must reproduce to the bit: all but times and memory."""
