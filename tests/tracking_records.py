@@ -1,7 +1,8 @@
-"""Doctored records for the tests of publishing: plausible numbers, no training."""
+"""Doctored records and new stores for the tests of publishing: plausible numbers, no training."""
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,12 +10,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bnbench.record import Record
 from bnbench.study.table import Entry, Result, Role
 from bnbench.study.trial import Trial
-from bnbench.tracking import Store
+from bnbench.tracking import Store, open_store, tracking_uri
 
 STUDY_HASH = "0123456789ab"
+MAIN, TUNING = "bnbench/pilot/quick", "bnbench/pilot/quick/tuning"
 LR = (0.01, 0.03, 0.1, 0.3)
 REPLICATES = 3
 ARMS = ("none", "batch")
@@ -154,3 +158,34 @@ def snapshot(runs: Path) -> dict[str, Counter[Any]]:
         tables = ("runs", "metrics", "latest_metrics", "params", "tags", "experiments")
         sizes = {table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables}
     return {"runs": names, "rows": Counter(sizes)}
+
+
+def close_connections() -> None:
+    """Close what MLflow keeps open to its databases."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    for engine in SqlAlchemyStore._engine_map.values():
+        engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new MLflow database, made once in a working folder of its own: its schema takes seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    with contextlib.chdir(folder):
+        open_store(tracking_uri(None, {}, Path("runs")), Path("runs"))
+    close_connections()
+    return folder / "runs" / "mlflow.db"
+
+
+@pytest.fixture
+def runs(tmp_path: Path, empty_store: Path) -> Path:
+    folder = tmp_path / "rüns 1%"
+    folder.mkdir()
+    (folder / "mlflow.db").write_bytes(empty_store.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def store(runs: Path) -> Store:
+    return open_store(tracking_uri(None, {}, runs), runs)
