@@ -213,9 +213,9 @@ def test_a_row_is_the_base_changed_by_cell_arm_and_point() -> None:
     assert row == Trial(steps=4, norm="none", batch_size=4, lr=0.5, data_seed=3, seed=3)
 
 
-def test_smoke_is_the_full_design_for_two_steps_at_the_ends_of_the_grid() -> None:
+def test_smoke_is_the_full_design_for_two_steps_at_one_learning_rate() -> None:
     smoke = study(full=design(tuning="once", replicates=7)).design("smoke")
-    assert (smoke.lr, smoke.replicates, smoke.tuning) == ((0.01, 1.0), 1, "per_replicate")
+    assert (smoke.lr, smoke.replicates, smoke.tuning) == ((0.01,), 1, "per_replicate")
     assert smoke.trial(smoke.cells[1], smoke.arms[0], 0).steps == 2
     cifar = study(full=design(base=Trial(data="cifar10"))).design("smoke")
     assert cifar.trial(cifar.cells[0], cifar.arms[0], 0).data_options == {"synthetic": True}
