@@ -348,7 +348,11 @@ def test_one_replicate_of_two_steps_can_be_drawn() -> None:
         Entry(c.name, a.name, 0, role, design.trial(c, a, 0, lr=lr), result)
         for c in design.cells
         for i, a in enumerate(design.arms)
-        for role, lr in (("tune", 0.01), ("tune", 1.0), ("own", 1.0), ("common", 0.01))
+        for role, lr in (
+            *(("tune", lr) for lr in design.lr),
+            ("own", design.lr[-1]),
+            ("common", design.lr[0]),
+        )
         for result in (
             Result(
                 "done", {"chance": 0.1, "val/acc": 0.1, "test/acc": 0.1}, {"step": (2,), "val/acc": (0.1,)}
