@@ -24,10 +24,10 @@ from bnbench.exchange import read_rows, write_rows
 from bnbench.record import Record
 from bnbench.registry import BadInput, nearest
 from bnbench.report import Report, StudyResult, render_csv, render_json, render_markdown, write_report
-from bnbench.study.claims import ClaimVerdict, judge_claim
+from bnbench.study.claims import ClaimVerdict, Verdict, judge_claim
 from bnbench.study.load import load_claims, load_studies, load_study
 from bnbench.study.spec import Study
-from bnbench.study.table import Result
+from bnbench.study.table import Result, Table
 from bnbench.study.trial import Trial, trial_from
 from bnbench.tracking import open_store, tracking_uri, trial_of_run
 from bnbench.tracking import publish as publish_record
@@ -46,21 +46,20 @@ def existing_record(runs: Path) -> Record:
 
 def results_of(record: Record, jobs: Sequence[Job], suite: Mapping[str, Study]) -> tuple[StudyResult, ...]:
     """What is recorded of these studies, judged."""
-    results = []
-    for job in jobs:
-        table, verdicts = judge_recorded(record, job, suite)
-        results.append(
-            StudyResult(
-                study=job.study,
-                preset=job.preset,
-                study_hash=job.study_hash,
-                table=table,
-                verdicts=verdicts,
-                planned=len(job.rows),
-                registered=tuple(record.registered(job.study.name, job.preset)),
-            )
-        )
-    return tuple(results)
+    return tuple(result_of(record, job, *judge_recorded(record, job, suite)) for job in jobs)
+
+
+def result_of(record: Record, job: Job, table: Table, verdicts: tuple[Verdict, ...]) -> StudyResult:
+    """A study's table and verdicts with what was registered of it."""
+    return StudyResult(
+        study=job.study,
+        preset=job.preset,
+        study_hash=job.study_hash,
+        table=table,
+        verdicts=verdicts,
+        planned=len(job.rows),
+        registered=tuple(record.registered(job.study.name, job.preset)),
+    )
 
 
 def gather(results: Sequence[StudyResult], runs: Path) -> Report:
@@ -197,12 +196,11 @@ def print_rerun(what: str, check: bool, gpus: str, runs: Path, data: Path, uri: 
     for title in ("metric", "recorded", "now", "difference"):
         table.add_column(title)
     then: Mapping[str, float] = before.measured() if before is not None else {}
+    measured = now.measured()
     same = (
-        before is not None
-        and (before.status, before.curve) == (now.status, now.curve)
-        and before.measured() == now.measured()
+        before is not None and (before.status, before.curve) == (now.status, now.curve) and then == measured
     )
-    for name, value in now.measured().items():
+    for name, value in measured.items():
         old = then.get(name)
         gap = "not recorded" if old is None else "equal" if old == value else f"{value - old:+.3g}"
         table.add_row(name, "" if old is None else f"{old!r}", f"{value!r}", gap)

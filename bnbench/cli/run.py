@@ -16,7 +16,7 @@ from rich.table import Table as TextTable
 
 from bnbench import doctor, placement
 from bnbench.cli.progress import Display, duration
-from bnbench.cli.recorded import gather, recorded_jobs, results_of
+from bnbench.cli.recorded import gather, recorded_jobs, result_of, results_of
 from bnbench.data import fetch
 from bnbench.engine.cost import known_costs, measure_costs, seconds_of
 from bnbench.engine.executors import LocalPool
@@ -139,22 +139,23 @@ def _prepare(chosen: Mapping[str, Study], presets: Sequence[str]) -> list[Job]:
 
 def _with_data(jobs: list[Job], request: Request, console: Console) -> list[Job]:
     """Download what is missing; under `auto`, the full preset is left out where that fails."""
-    fetched: dict[str, str] = {}
+    # By name and options, since options are a dictionary.
+    problems: dict[str, str] = {}
     ready = []
     for job in jobs:
-        for trial in job.rows:
-            place = json.dumps([trial.data, dict(trial.data_options)], sort_keys=True)
-            if place not in fetched:
-                try:
-                    fetch(trial.data, request.data, **trial.data_options)
-                    fetched[place] = ""
-                except BadInput as error:
-                    if not (request.preset == "auto" and job.preset == "full"):
-                        raise
-                    fetched[place] = str(error)
-                    console.print(f"[yellow]note:[/] the preset full is left out: {error}", highlight=False)
-        places = {json.dumps([t.data, dict(t.data_options)], sort_keys=True) for t in job.rows}
-        if not any(fetched[place] for place in places):
+        needed = {json.dumps([trial.data, trial.data_options], sort_keys=True): trial for trial in job.rows}
+        for place, trial in needed.items():
+            if place in problems:
+                continue
+            try:
+                fetch(trial.data, request.data, **trial.data_options)
+                problems[place] = ""
+            except BadInput as error:
+                if not (request.preset == "auto" and job.preset == "full"):
+                    raise
+                problems[place] = str(error)
+                console.print(f"[yellow]note:[/] the preset full is left out: {error}", highlight=False)
+        if not any(problems[place] for place in needed):
             ready.append(job)
     return ready
 
@@ -186,14 +187,15 @@ def _print_plan(
         verdicts = record.verdicts(job.study_hash)
         complete = bool(verdicts) and all(v["gate"] != "incomplete" for v in verdicts)
         missing = [] if complete else [trial for trial in new if trial.key not in there]
-        left += _cost(missing, costs)
+        cost = _cost(missing, costs)
+        left += cost
         table.add_row(
             job.study.name,
             job.preset,
             str(len(job.study.design(job.preset).cells)),
             str(len(job.rows)),
             str(len(missing)),
-            f"{_cost(missing, costs):.0f}",
+            f"{cost:.0f}",
         )
     console.print(table)
     workers = f"{width} worker{'s' if width > 1 else ''}"
@@ -267,9 +269,9 @@ def _work(
                 if publisher is not None:
                     publisher.notify(job.study_hash)
 
-            def on_study(job: Job) -> None:
+            def on_study(job: Job, table: Table, verdicts: tuple[Verdict, ...]) -> None:
                 if not request.quiet:
-                    console.print(verdict_lines(results_of(record, [job], suite)[0]))
+                    console.print(verdict_lines(result_of(record, job, table, verdicts)))
 
             unfinished = run_jobs(
                 jobs,

@@ -71,7 +71,6 @@ class FusedSGD:
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], lr: float) -> None:
         """Update all parameters; the gradients come in the order of `parameters`."""
-        update = _update_fused if hasattr(torch, "_fused_sgd_") else _update_plain
         # The kernel reads memory in order, and misreads a gradient that lies otherwise than its parameter.
         laid_out = [
             g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
@@ -79,11 +78,11 @@ class FusedSGD:
         ]
         at = 0
         for (parameters, decay), buffers in zip(self.groups, self.buffers, strict=True):
-            update(parameters, laid_out[at : at + len(parameters)], buffers, decay, self.momentum, lr)
+            _update(parameters, laid_out[at : at + len(parameters)], buffers, decay, self.momentum, lr)
             at += len(parameters)
 
 
-def _update_fused(
+def _update(
     parameters: list[Tensor],
     gradients: list[Tensor],
     buffers: list[Tensor],
@@ -91,29 +90,21 @@ def _update_fused(
     momentum: float,
     lr: float,
 ) -> None:
-    # A zero buffer makes the first step v = g, as torch's does, without a case of its own.
-    torch._fused_sgd_(
-        parameters,
-        gradients,
-        buffers,
-        weight_decay=decay,
-        momentum=momentum,
-        lr=lr,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-        is_first_step=False,
-    )
-
-
-def _update_plain(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    buffers: list[Tensor],
-    decay: float,
-    momentum: float,
-    lr: float,
-) -> None:
+    if hasattr(torch, "_fused_sgd_"):
+        # A zero buffer makes the first step v = g, as torch's does, without a case of its own.
+        torch._fused_sgd_(
+            parameters,
+            gradients,
+            buffers,
+            weight_decay=decay,
+            momentum=momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
+        return
     # The fused kernel is private to torch: where it is missing, the same rule in public operations.
     steps = [gradient.add(p, alpha=decay) for gradient, p in zip(gradients, parameters, strict=True)]
     if momentum:

@@ -69,7 +69,7 @@ def run_jobs(
     observer: Observer,
     on_asked: Callable[[Job, list[Wanted]], None],
     on_cell: Callable[[Job, str, Table, tuple[Verdict, ...]], None],
-    on_study: Callable[[Job], None],
+    on_study: Callable[[Job, Table, tuple[Verdict, ...]], None],
     cost_of: Callable[[Trial], float],
     deadline: float | None = None,
 ) -> list[Job]:
@@ -78,8 +78,8 @@ def run_jobs(
     Cells come by their cost (`cost_of`, the seconds of a row), those of a later preset after all of an
     earlier one: so verdicts come one by one, the cheapest first, and cells of two studies that share rows
     follow each other. A definition is registered before its first trial. `on_asked` is told which rows a
-    program needs, `on_cell` gets the table and the verdicts of a cell whose last program has ended,
-    `on_study` is called when all cells of a study have.
+    program needs, `on_cell` gets the study's table and the verdicts of a cell whose last program has ended,
+    `on_study` the table and all verdicts of a study whose last cell has.
     """
     left: Counter[tuple[str, str]] = Counter()
     programs = []
@@ -115,7 +115,7 @@ def run_jobs(
         on_cell(job, cell, table, tuple(v for v in verdicts if v.cell == cell))
         if not any(count for (other, _), count in left.items() if other == study_hash):
             keep_best_weights(record.path.parent, job, table)
-            on_study(job)
+            on_study(job, table, verdicts)
 
     cut_off = conduct(
         programs,

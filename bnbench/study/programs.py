@@ -103,8 +103,8 @@ def search_replicate(study: Study, design: Design, cell: Cell, replicate: int) -
 
 def search_once(study: Study, design: Design, cell: Cell) -> Program:
     """Tune every arm on three replicates of their own, then confirm the choices on all replicates."""
-    extra = range(TUNING_SEEDS, TUNING_SEEDS + TUNING_REPLICATES)
-    tuned = yield from measure([row for seed in extra for row in grid_of(design, cell, seed, "tune")])
+    seeds = _tuned_replicates(study, design)
+    tuned = yield from measure([row for seed in seeds for row in grid_of(design, cell, seed, "tune")])
     chosen = _choices(design, tuned)
     confirmed = yield from measure(
         [
@@ -121,10 +121,21 @@ def _choices(design: Design, tuned: Iterable[Entry]) -> dict[str, float | None]:
     return {arm.name: choose(e for e in rows if e.arm == arm.name) for arm in design.arms}
 
 
+def _tunes_once(study: Study, design: Design) -> bool:
+    return study.program == "search" and design.tuning == "once"
+
+
+def _tuned_replicates(study: Study, design: Design) -> range:
+    """The replicates that train the grid: those that are judged, or others that choose for all."""
+    if _tunes_once(study, design):
+        return range(TUNING_SEEDS, TUNING_SEEDS + TUNING_REPLICATES)
+    return range(design.replicates)
+
+
 def programs_of(study: Study, preset: str) -> list[tuple[str, Program]]:
     """The programs of a preset, each with its cell's name."""
     design = study.design(preset)
-    if study.program == "search" and design.tuning == "once":
+    if _tunes_once(study, design):
         return [(cell.name, search_once(study, design, cell)) for cell in design.cells]
     return [
         (
@@ -147,13 +158,8 @@ def planned_rows(study: Study, preset: str) -> list[Trial]:
     design = study.design(preset)
     middle = design.lr[len(design.lr) // 2]
     rows: dict[str, Trial] = {}
-    tuning = (
-        range(TUNING_SEEDS, TUNING_SEEDS + TUNING_REPLICATES)
-        if study.program == "search" and design.tuning == "once"
-        else range(design.replicates)
-    )
     for cell in design.cells:
-        for replicate in tuning:
+        for replicate in _tuned_replicates(study, design):
             for wanted in grid_of(design, cell, replicate, "tune"):
                 rows[wanted.trial.key] = wanted.trial
         if study.program == "search":
