@@ -9,17 +9,18 @@ import json
 import re
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bnbench.registry import BadInput
 from bnbench.study.programs import Wanted
 from bnbench.study.table import Entry, Result, Role, Status, Table
 from bnbench.study.trial import Trial, trial_from
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
     key TEXT PRIMARY KEY, trial TEXT NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL,
@@ -29,7 +30,8 @@ CREATE TABLE IF NOT EXISTS studies (
     registered REAL NOT NULL, verdicts TEXT NOT NULL DEFAULT '[]');
 CREATE TABLE IF NOT EXISTS members (
     study TEXT NOT NULL, cell TEXT NOT NULL, arm TEXT NOT NULL, replicate INTEGER NOT NULL,
-    role TEXT NOT NULL, key TEXT NOT NULL, PRIMARY KEY (study, cell, arm, replicate, role, key));
+    role TEXT NOT NULL, key TEXT NOT NULL, number INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (study, cell, arm, replicate, role, key));
 CREATE TABLE IF NOT EXISTS published (
     uri TEXT NOT NULL, item TEXT NOT NULL, run_id TEXT NOT NULL, content TEXT NOT NULL,
     PRIMARY KEY (uri, item));
@@ -67,7 +69,7 @@ class Record:
         (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if version == 0 and tables:
             raise BadInput(f"{self.path} is a database of another program; name another folder with --runs")
-        if version not in (0, SCHEMA_VERSION):
+        if version not in (0, 1, SCHEMA_VERSION):
             raise BadInput(
                 f"{self.path} has schema version {version}, this bnbench reads {SCHEMA_VERSION};"
                 " use the bnbench that wrote it, or another folder (--runs)"
@@ -78,6 +80,12 @@ class Record:
             # In one transaction: who is killed in between leaves an empty file, not half a record.
             self._db.executescript(
                 f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
+            )
+        if version == 1:
+            # Version 1 had no searches, whose rows have an order.
+            self._db.executescript(
+                "BEGIN IMMEDIATE; ALTER TABLE members ADD COLUMN number INTEGER NOT NULL DEFAULT 0;"
+                f" PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
             )
         (fault,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
         if fault != "ok":
@@ -203,30 +211,45 @@ class Record:
         """Note which rows belong to a study, and where.
 
         All rows of a place (cell, arm, replicate and role) come together and replace those that were there: a
-        row that had failed and now is trained may have changed the learning rate that is confirmed.
+        row that had failed and now is trained may have changed the learning rate that is confirmed. Their
+        order in a place is kept.
         """
-        places = [(study_hash, row.cell, row.arm, row.replicate, row.role, row.trial.key) for row in rows]
+        numbers: Counter[tuple[Any, ...]] = Counter()
+        places = []
+        for row in rows:
+            place = (study_hash, row.cell, row.arm, row.replicate, row.role)
+            places.append((*place, row.trial.key, numbers[place]))
+            numbers[place] += 1
         with self._transaction() as db:
             db.executemany(
                 "DELETE FROM members WHERE study = ? AND cell = ? AND arm = ? AND replicate = ? AND role = ?",
-                {place[:-1] for place in places},
+                list(numbers),
             )
-            db.executemany("INSERT OR IGNORE INTO members VALUES (?, ?, ?, ?, ?, ?)", places)
+            db.executemany("INSERT OR IGNORE INTO members VALUES (?, ?, ?, ?, ?, ?, ?)", places)
 
     def table(self, study_hash: str) -> Table:
         """The table of a study, from what is recorded, in one order whatever came first."""
         entries = []
         with self._explained():
-            for cell, arm, replicate, role, trial, *columns in self._db.execute(
-                "SELECT cell, arm, replicate, role, trial, status, reason, metrics, curve, provenance"
+            for number, cell, arm, replicate, role, trial, *columns in self._db.execute(
+                "SELECT number, cell, arm, replicate, role, trial, status, reason, metrics, curve, provenance"
                 " FROM members JOIN rows USING (key) WHERE study = ?",
                 (study_hash,),
             ):
-                entries.append(
-                    Entry(cell, arm, replicate, _role(role), trial_from(json.loads(trial)), _result(columns))
-                )
-        entries.sort(key=lambda e: (e.cell, e.arm, e.replicate, e.role, e.trial.lr, e.trial.key))
-        return Table(tuple(entries))
+                line = (cell, arm, replicate, _role(role), trial_from(json.loads(trial)), _result(columns))
+                entries.append((number, Entry(*line)))
+        entries.sort(
+            key=lambda n: (
+                n[1].cell,
+                n[1].arm,
+                n[1].replicate,
+                n[1].role,
+                n[0],
+                n[1].trial.lr,
+                n[1].trial.key,
+            )
+        )
+        return Table(tuple(entry for _, entry in entries))
 
     def keep_verdicts(self, study_hash: str, verdicts: list[dict[str, Any]]) -> None:
         """Store the verdicts of a definition."""
@@ -282,7 +305,8 @@ def _status(text: str) -> Status:
 
 
 def _role(text: str) -> Role:
-    known: dict[str, Role] = {"tune": "tune", "own": "own", "common": "common", "sweep": "sweep"}
+    known = {role: role for role in get_args(Role)}
     if text not in known:
         raise sqlite3.DatabaseError(f"malformed (role {text!r})")
-    return known[text]
+    found: Role = known[text]
+    return found

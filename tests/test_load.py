@@ -111,7 +111,7 @@ def test_an_estimand_of_the_file_counts_by_its_source(file: Path) -> None:
         ('"größe 小"', '"../x"', ":10: cell name '../x' cannot be used for a folder"),
         ('"größe 小"', '"a/b"', ":10: cell name 'a/b' cannot be used for a folder"),
         ("lr=(0.1, 1.0)", "lr=()", ":8: lr is empty"),
-        ("lr=(0.1, 1.0)", "rl=(0.1, 1.0)", ":8: Design has no field 'rl'; did you mean 'lr'?"),
+        ("lr=(0.1, 1.0)", "l_r=(0.1, 1.0)", ":8: Design has no field 'l_r'; did you mean 'lr'?"),
         ("    lr=(0.1, 1.0),\n", "", ":8: Design needs 'lr'"),
         ("replicates=5", 'replicates="5"', ":8: replicates must be a whole number of 1 or more, not '5'"),
         ("steps=8", "stesp=8", ":9: Trial has no field 'stesp'; did you mean 'steps'?"),

@@ -132,9 +132,15 @@ def test_rows_of_another_row_version_are_not_given_out(
 
 def filled(record: Record, study_hash: str = "h", shuffle: int | None = None) -> None:
     lines = [line for _, program in programs_of(study(), "quick") for line in drive(program)[0]]
+    requests: dict[str, list[Wanted]] = {}
+    for e in lines:
+        requests.setdefault(e.role, []).append(Wanted(e.cell, e.arm, e.replicate, e.role, e.trial))
+    parts = list(requests.values())
     if shuffle is not None:
+        Random(shuffle).shuffle(parts)
         Random(shuffle).shuffle(lines)
-    record.enroll(study_hash, [Wanted(e.cell, e.arm, e.replicate, e.role, e.trial) for e in lines])
+    for part in parts:
+        record.enroll(study_hash, part)
     record.append([(e.trial, e.result) for e in lines])
 
 
@@ -150,6 +156,32 @@ def test_a_table_has_one_order_whatever_came_first(tmp_path: Path) -> None:
     assert {(e.cell, e.arm, e.replicate, e.role, e.trial.key) for e in tables[0].entries} == {
         (e.cell, e.arm, e.replicate, e.role, e.trial.key) for e in asked
     }
+
+
+def test_the_rows_of_a_place_keep_the_order_in_which_they_were_asked_for(record: Record) -> None:
+    rates = [0.3, 0.1, 0.2]
+    asked = [Wanted("c", "a", 0, "tune", Trial(lr=lr)) for lr in rates]
+    record.append([(row.trial, Result("done")) for row in asked])
+    record.enroll("h", asked[:2])
+    record.enroll("h", asked)  # a search repeats what it has asked for
+    assert [entry.trial.lr for entry in record.table("h").entries] == rates
+
+
+def test_a_record_of_the_version_before_searches_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "bnbench.db"
+    record = Record(path)
+    filled(record)
+    before = record.table("h")
+    record.close()
+    with sqlite3.connect(path) as database:
+        database.execute("ALTER TABLE members DROP COLUMN number")
+        database.execute("PRAGMA user_version=1")
+    record = Record(path)
+    assert record.table("h") == before
+    record.enroll("h", [Wanted("c", "a", 0, "tune", Trial(lr=9))])
+    record.close()
+    with sqlite3.connect(path) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
 
 
 def test_a_table_holds_what_is_measured_of_its_own_study(record: Record) -> None:

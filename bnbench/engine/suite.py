@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bnbench.engine.conduct import Observer, conduct
+from bnbench.engine.search import draw
 from bnbench.engine.train import check_trial, module_arguments
 from bnbench.record import Record
 from bnbench.registry import BadInput
 from bnbench.study.claims import Verdict, adjust, family_sizes, judge, to_json
 from bnbench.study.programs import Wanted, planned_rows, programs_of
+from bnbench.study.space import most_levels, stand_in
 from bnbench.study.spec import Study
 from bnbench.study.table import Entry, Table
 from bnbench.study.trial import Trial, trial_from
@@ -38,6 +40,9 @@ def prepare(study: Study, preset: str) -> Job:
         for arm in design.arms:
             try:
                 check_trial(design.trial(cell, arm, 0))
+                space = arm.space_in(cell.name)
+                for number in range(most_levels(space)):
+                    check_trial(design.searched(cell, arm, 0, stand_in(space, number)))
             except BadInput as error:
                 raise BadInput(
                     f"study {study.name!r}, cell {cell.name!r}, arm {arm.name!r}: {error}"
@@ -86,7 +91,7 @@ def run_jobs(
     by_hash = {job.study_hash: job for job in jobs}
     for study_hash, job in by_hash.items():
         record.register(study_hash, job.study.definition(job.preset))
-        for cell, program in programs_of(job.study, job.preset):
+        for cell, program in programs_of(job.study, job.preset, draw):
             programs.append(((study_hash, cell), program))
             left[study_hash, cell] += 1
     presets = list(dict.fromkeys(job.preset for job in jobs))

@@ -251,9 +251,17 @@ def divisors(number: int) -> tuple[int, ...]:
     return tuple(divisor for divisor in range(1, number + 1) if number % divisor == 0)
 
 
-def add_affine(layer: nn.Module, num_features: int, *, gamma: bool, beta: bool) -> None:
-    """Give a layer the parameters weight (γ, ones) and bias (β, zeros), or None for what it does not have."""
-    layer.register_parameter("weight", nn.Parameter(torch.ones(num_features)) if gamma else None)
+def add_affine(
+    layer: nn.Module, num_features: int, *, gamma: bool, beta: bool, gamma_init: float = 1.0
+) -> None:
+    """Give a layer the parameters weight (γ, at gamma_init) and bias (β, zeros), or None for what it lacks.
+
+    Raises BadInput for a gamma_init without a γ.
+    """
+    if not gamma and gamma_init != 1.0:
+        raise BadInput("affine=False leaves no scale to set; leave out gamma_init")
+    weight = torch.full((num_features,), float(gamma_init))
+    layer.register_parameter("weight", nn.Parameter(weight) if gamma else None)
     layer.register_parameter("bias", nn.Parameter(torch.zeros(num_features)) if beta else None)
 
 

@@ -9,10 +9,12 @@ from bnbench.norms.base import BatchStatistics, norm
 from bnbench.registry import BadInput
 
 
-def batch_norm(x: Tensor, *, eps: float = 1e-5, gamma: float | None = None, **others: object) -> Tensor:
+def batch_norm(
+    x: Tensor, *, eps: float = 1e-5, gamma: float | None = None, gamma_init: float = 1.0, **others: object
+) -> Tensor:
     dims = [0, *range(2, x.ndim)]
     centred = x - x.mean(dims, keepdim=True)
-    scale = 1.0 if gamma is None else gamma
+    scale = gamma_init if gamma is None else gamma
     return scale * centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
 
 
@@ -23,7 +25,7 @@ def batch_norm(x: Tensor, *, eps: float = 1e-5, gamma: float | None = None, **ot
     batch_dependent=True,
     running_stats=True,
     centres=True,
-    examples=({}, {"momentum": None}, {"gamma": 0.5, "learn_gamma": False}),
+    examples=({}, {"momentum": None}, {"gamma": 0.5, "learn_gamma": False}, {"gamma_init": 0.5}),
 )
 class BatchNorm(BatchStatistics):
     """Standardize each channel over the batch and all positions, by torch's own kernel.

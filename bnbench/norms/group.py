@@ -11,10 +11,12 @@ from bnbench.norms.base import add_affine, check_eps, divisors, match, norm, sho
 from bnbench.registry import BadInput
 
 
-def group_norm(x: Tensor, *, num_groups: int | None = None, eps: float = 1e-5) -> Tensor:
+def group_norm(
+    x: Tensor, *, num_groups: int | None = None, eps: float = 1e-5, gamma_init: float = 1.0
+) -> Tensor:
     grouped = x.reshape(len(x), num_groups or default_num_groups(x.shape[1]), -1)
     centred = grouped - grouped.mean(2, keepdim=True)
-    return (centred / (centred.square().mean(2, keepdim=True) + eps).sqrt()).reshape(x.shape)
+    return (gamma_init * centred / (centred.square().mean(2, keepdim=True) + eps).sqrt()).reshape(x.shape)
 
 
 def default_num_groups(num_features: int) -> int:
@@ -30,7 +32,7 @@ def default_num_groups(num_features: int) -> int:
     paper="arXiv:1803.08494",
     reference=group_norm,
     batch_dependent=False,
-    examples=({}, {"num_groups": 4}),
+    examples=({}, {"num_groups": 4}, {"gamma_init": 0.5}),
 )
 class GroupNorm(nn.Module):
     """Standardize each group of channels of each sample, with γ and β a channel.
@@ -38,6 +40,7 @@ class GroupNorm(nn.Module):
     y = γ (x − μ) / √(σ² + eps) + β, with μ and the biased σ² of a sample over C / num_groups successive
     channels and all positions; x (N, C, *). The paper's 32 groups do not suit the 16 channels of a CIFAR
     ResNet, so num_groups=None means gcd(32, C/4).
+    gamma_init: where γ starts.
     Raises BadInput where num_groups does not divide num_features.
     Source: Wu & He 2018, equation 7.
     """
@@ -53,6 +56,7 @@ class GroupNorm(nn.Module):
         num_groups: int | None = None,
         eps: float = 1e-5,
         affine: bool = True,
+        gamma_init: float = 1.0,
     ) -> None:
         super().__init__()
         if num_groups is None:
@@ -66,7 +70,8 @@ class GroupNorm(nn.Module):
         self.num_groups = num_groups
         self.eps = check_eps(eps)
         self.affine = affine
-        add_affine(self, num_features, gamma=affine, beta=affine)
+        self.gamma_init = gamma_init
+        add_affine(self, num_features, gamma=affine, beta=affine, gamma_init=gamma_init)
 
     extra_repr = show_options
 

@@ -21,10 +21,10 @@ from bnbench.norms.base import (
 )
 
 
-def layer_norm(x: Tensor, *, over: str = "sample", eps: float = 1e-5) -> Tensor:
+def layer_norm(x: Tensor, *, over: str = "sample", eps: float = 1e-5, gamma_init: float = 1.0) -> Tensor:
     dims = [1] if over == "channels" else list(range(1, x.ndim))
     centred = x - x.mean(dims, keepdim=True)
-    return centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
+    return gamma_init * centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
 
 
 @norm(
@@ -32,7 +32,7 @@ def layer_norm(x: Tensor, *, over: str = "sample", eps: float = 1e-5) -> Tensor:
     paper="arXiv:1607.06450",
     reference=layer_norm,
     batch_dependent=False,
-    examples=({}, {"over": "channels"}),
+    examples=({}, {"over": "channels"}, {"gamma_init": 0.5}),
 )
 class LayerNorm(nn.Module):
     """Standardize each sample by itself, with γ and β a channel.
@@ -41,6 +41,7 @@ class LayerNorm(nn.Module):
     all positions (group normalization with one group). over="channels": of each position over C (as in
     ConvNeXt, Liu et al. 2022). Without spatial axes the two are one. torch.nn.LayerNorm has γ and β for
     each element of the normalized shape, which differs from ours in over="sample" with spatial axes.
+    gamma_init: where γ starts.
     Source: Ba et al. 2016, equation 3.
     """
 
@@ -55,13 +56,15 @@ class LayerNorm(nn.Module):
         over: Literal["sample", "channels"] = "sample",
         eps: float = 1e-5,
         affine: bool = True,
+        gamma_init: float = 1.0,
     ) -> None:
         super().__init__()
         self.num_features = num_features
         self.over = check_choice("over", over, ("sample", "channels"))
         self.eps = check_eps(eps)
         self.affine = affine
-        add_affine(self, num_features, gamma=affine, beta=affine)
+        self.gamma_init = gamma_init
+        add_affine(self, num_features, gamma=affine, beta=affine, gamma_init=gamma_init)
 
     extra_repr = show_options
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bnbench.study import Claim, Study, Table
 from bnbench.study.claims import ClaimVerdict, Verdict
-from bnbench.study.spec import Design
+from bnbench.study.design import Design
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ incomplete      a row that the hypothesis needs is missing or failed; only the c
 low_power       fewer than 5 replicates
 diverged        over 20 % of the own rows of an arm in `better` diverged (program search)
 under_trained   an arm in `other` (in `better` if there is none) misses the cell's `min_train_acc` (search)
-tuning_edge     over 20 % of the replicates pick an end of the grid, in an arm that trains at all (search)
+tuning_edge     over 20 % of the replicates pick an end of the grid, in an arm on a grid that trains at all
 censored        what was not observed could change the decision
 no_spread       all replicates give the same number, so there is no interval
 """
@@ -25,8 +25,9 @@ from typing import Any, Literal
 
 from bnbench.registry import BadInput, nearest
 from bnbench.study import stats
+from bnbench.study.design import Cell, Design
 from bnbench.study.estimands import TRAINS_AT_ALL
-from bnbench.study.spec import Cell, Design, Estimate, Hypothesis, Study
+from bnbench.study.spec import Estimate, Hypothesis, Study
 from bnbench.study.table import Entry, Replicate, Table
 
 Decision = Literal["SUPPORTED", "REFUTED", "INCONCLUSIVE"]
@@ -271,7 +272,11 @@ def _judge_cell(
     if study.program == "search":
         rows = {arm: [r.own(arm) for r in replicates] for arm in _arms(hypothesis)}
         ends = (design.lr[0], design.lr[-1])
-        edge = {arm: sum(row.trial.lr in ends for row in own) / len(own) for arm, own in rows.items()}
+        edge = {
+            arm: sum(row.trial.lr in ends for row in own) / len(own)
+            for arm, own in rows.items()
+            if not _is_searched(design, arm, cell.name)
+        }
         verdict = dataclasses.replace(verdict, edge=edge)
     else:
         rows = {arm: [row for r in replicates for row in r.grid(arm)] for arm in _arms(hypothesis)}
@@ -292,7 +297,8 @@ def _observe(study: Study, design: Design, hypothesis: Hypothesis, replicate: Re
             if entry.arm == arm and entry.role != "common" and entry.result.status == "failed":
                 raise LookupError(f"{arm!r} failed at lr {entry.trial.lr:g}: {entry.result.brief}")
         tried = [entry.trial.lr for entry in replicate.grid(arm)]
-        if tried != grid and (tried or study.program == "sweep"):
+        whole = tried == grid or (bool(tried) and _is_searched(design, arm, replicate.cell))
+        if not whole and (tried or study.program == "sweep"):
             raise LookupError(f"{arm!r} has {len(tried)} of {len(grid)} points of its grid")
         if study.program == "search":
             replicate.own(arm)
@@ -302,6 +308,11 @@ def _observe(study: Study, design: Design, hypothesis: Hypothesis, replicate: Re
     if not abs(estimate.value) < _LARGEST:
         raise ValueError(f"the estimand gave {estimate.value}")
     return Estimate(float(estimate.value), estimate.allows)
+
+
+def _is_searched(design: Design, arm: str, cell: str) -> bool:
+    """Whether an arm searches a space, which has no grid and no ends of it."""
+    return any(a.name == arm and a.space_in(cell) for a in design.arms)
 
 
 def _arms(hypothesis: Hypothesis) -> tuple[str, ...]:
@@ -350,7 +361,7 @@ def _gate(
     for arm, rows in own.items():
         guessing = median(row["chance"] for row in rows)
         trains_at_all = median(row["val/acc"] for row in rows) >= TRAINS_AT_ALL * guessing
-        if trains_at_all and verdict.edge[arm] > TOLERATED_SHARE:
+        if trains_at_all and verdict.edge.get(arm, 0.0) > TOLERATED_SHARE:
             return "tuning_edge", f"{arm!r} picks an end of its grid in {verdict.edge[arm]:.0%} of replicates"
     if "neither" in verdict.allows or {"support", "refute"} <= set(verdict.allows):
         return "censored", f"{_censored(verdict)} replicates are censored, and not all in one direction"

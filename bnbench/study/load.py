@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from bnbench.registry import BadInput, nearest
-from bnbench.study import spec
+from bnbench.study import design, space, spec, trial
 from bnbench.study.spec import Claim, Study
-from bnbench.study.trial import Trial, shown
+from bnbench.study.trial import shown
 
 #: Under this name the folder of studies is a package, so that one study file can import another.
 _PACKAGE = "studies"
@@ -112,5 +112,6 @@ def explain(error: BaseException) -> str:
 
 
 def _fields(name: str) -> list[str]:
-    kind: Any = Trial if name == "Trial" else getattr(spec, name, None)
+    homes = (spec, design, space, trial)
+    kind: Any = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
     return list(getattr(kind, "__dataclass_fields__", {}))

@@ -9,16 +9,18 @@ import statistics
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 
-from bnbench.study.spec import Arm, Cell, Design, Study
+from bnbench.study.design import TUNING_REPLICATES, Arm, Cell, Design
+from bnbench.study.space import Point, Sampler, point_of, stand_in
+from bnbench.study.spec import Study
 from bnbench.study.table import Entry, Result, Role
 from bnbench.study.trial import Trial
 
 Results = Mapping[str, Result]
 
-#: Where arms are tuned once for all replicates, this many replicates of their own choose.
-TUNING_REPLICATES = 3
-#: Data seeds of those start here, so that none of them is a replicate that is judged.
+#: Data seeds of the tuning replicates start here, so that none of them is a replicate that is judged.
 TUNING_SEEDS = 1_000_000
+#: So many of the best points of each repeated search are tried on all tuning replicates.
+SHORTLIST = 2
 
 
 @dataclass(frozen=True)
@@ -40,72 +42,169 @@ Program = Generator[list[Wanted], Results, list[Entry]]
 
 
 def measure(wanted: list[Wanted]) -> Program:
-    """Ask for rows, and return their lines."""
+    """Ask for rows, if any, and return their lines."""
+    if not wanted:
+        return []
     results = yield wanted
     return [row.measured(results) for row in wanted]
 
 
 def grid_of(design: Design, cell: Cell, replicate: int, role: Role) -> list[Wanted]:
-    """Every arm at every learning rate of the grid, on validation data."""
+    """Every arm without a space at every learning rate of the grid, on validation data."""
     return [
         Wanted(cell.name, arm.name, replicate, role, design.trial(cell, arm, replicate, lr=lr))
         for arm in design.arms
+        if not arm.space_in(cell.name)
         for lr in design.lr
     ]
 
 
-def choose(entries: Iterable[Entry]) -> float | None:
-    """The learning rate of the highest mean validation accuracy over replicates.
+def setting(trial: Trial) -> Trial:
+    """A row without its seeds: what is chosen, whatever replicate it was tried on."""
+    return trial.replace(seed=0, data_seed=0)
 
-    Ties go to the lower validation loss, then to the lower learning rate; rates of which a row failed are
-    out. None where nothing is left.
+
+def rank(entries: Iterable[Entry]) -> list[Trial]:
+    """The settings of some rows, the best first: by mean validation accuracy over replicates.
+
+    Ties go to the lower validation loss, then to the lower learning rate; settings of which a row failed
+    are out.
     """
-    by_rate: dict[float, list[Entry]] = {}
+    by_setting: dict[Trial, list[Entry]] = {}
     for entry in entries:
-        by_rate.setdefault(entry.trial.lr, []).append(entry)
+        by_setting.setdefault(setting(entry.trial), []).append(entry)
     ranked = [
-        (-statistics.fmean(e["val/acc"] for e in rows), statistics.fmean(e["val/loss"] for e in rows), lr)
-        for lr, rows in by_rate.items()
+        (
+            -statistics.fmean(e["val/acc"] for e in rows),
+            statistics.fmean(e["val/loss"] for e in rows),
+            chosen.lr,
+            chosen.key,
+            chosen,
+        )
+        for chosen, rows in by_setting.items()
         if all(e.result.status != "failed" for e in rows)
     ]
-    return min(ranked)[2] if ranked else None
+    return [chosen for *_, chosen in sorted(ranked, key=lambda place: place[:-1])]
+
+
+def choose(entries: Iterable[Entry]) -> Trial | None:
+    """The best setting of some rows; None where none is left."""
+    ranked = rank(entries)
+    return ranked[0] if ranked else None
 
 
 def confirmed_at(
-    study: Study, design: Design, cell: Cell, replicate: int, chosen: Mapping[str, float | None]
+    study: Study, design: Design, cell: Cell, replicate: int, chosen: Mapping[str, Trial | None]
 ) -> list[Wanted]:
-    """Every arm at its own choice and at the baseline's, reading test data; none where nothing was chosen."""
+    """Every arm at its own choice, and those on the grid at the baseline's rate too, reading test data."""
     wanted: list[Wanted] = []
+    common = chosen[study.baseline]
     for arm in design.arms:
-        rates: tuple[tuple[Role, float | None], ...] = (
-            ("own", chosen[arm.name]),
-            ("common", chosen[study.baseline]),
-        )
-        wanted += [
-            Wanted(cell.name, arm.name, replicate, role, confirmation(design, cell, arm, replicate, lr))
-            for role, lr in rates
-            if lr is not None
-        ]
+        own = chosen[arm.name]
+        rows: list[tuple[Role, Trial]] = []
+        if own is not None:
+            rows.append(("own", confirmation(design, own, replicate)))
+        if common is not None and not arm.space_in(cell.name):
+            at_common = design.trial(cell, arm, replicate, lr=common.lr)
+            rows.append(("common", confirmation(design, at_common, replicate)))
+        wanted += [Wanted(cell.name, arm.name, replicate, role, trial) for role, trial in rows]
     return wanted
 
 
-def confirmation(design: Design, cell: Cell, arm: Arm, replicate: int, lr: float) -> Trial:
-    """The row that reads test data at a learning rate."""
-    return design.trial(cell, arm, replicate, lr=lr, score_on="test", curve_points=design.curve_points)
+def confirmation(design: Design, chosen: Trial, replicate: int) -> Trial:
+    """The row that reads test data with a chosen setting."""
+    seeds = design.seeds(replicate)
+    return chosen.replace(score_on="test", curve_points=design.curve_points, **seeds)
 
 
-def search_replicate(study: Study, design: Design, cell: Cell, replicate: int) -> Program:
+def search_spaces(
+    study: Study, design: Design, cell: Cell, replicates: Iterable[int], sampler: Sampler
+) -> Program:
+    """Search the space of every arm that has one, on each replicate by itself.
+
+    Points are drawn a batch at a time, in all searches of the cell at once, each batch from what the earlier
+    ones scored. A request repeats the rows of the earlier ones, so that it is always whole.
+    """
+    searches: dict[tuple[str, int], list[Wanted]] = {
+        (arm.name, replicate): []
+        for replicate in replicates
+        for arm in design.arms
+        if arm.space_in(cell.name)
+    }
+    arms = {arm.name: arm for arm in design.arms}
+    scored: dict[str, float | None] = {}
+    entries: list[Entry] = []
+    for batch, start in enumerate(range(0, design.trials_in(cell.name), design.batch)):
+        count = min(design.batch, design.trials_in(cell.name) - start)
+        for (name, replicate), rows in searches.items():
+            rows += _drawn(study, design, cell, arms[name], replicate, rows, scored, count, batch, sampler)
+        entries = yield from measure([row for rows in searches.values() for row in rows])
+        scored = {
+            e.trial.key: None if e.result.status == "failed" else e.result.metrics["val/acc"] for e in entries
+        }
+    return entries
+
+
+def _drawn(
+    study: Study,
+    design: Design,
+    cell: Cell,
+    arm: Arm,
+    replicate: int,
+    rows: list[Wanted],
+    scored: Mapping[str, float | None],
+    count: int,
+    batch: int,
+    sampler: Sampler,
+) -> list[Wanted]:
+    """The next batch of one search; smaller where its space has nothing new left."""
+    space = arm.space_in(cell.name)
+    keys = {row.trial.key for row in rows}
+
+    def row_of(point: Point) -> Trial:
+        return design.searched(cell, arm, replicate, point)
+
+    history = [(point_of(space, row.trial), scored[row.trial.key]) for row in rows]
+    seed = (study.name, cell.name, arm.name, replicate, batch)
+    points = sampler(space, history, count, seed, lambda point: row_of(point).key not in keys)
+    trials = {trial.key: trial for trial in map(row_of, points)}
+    return [
+        Wanted(cell.name, arm.name, replicate, "tune", trial)
+        for key, trial in trials.items()
+        if key not in keys
+    ]
+
+
+def try_everywhere(design: Design, cell: Cell, tuned: Iterable[Entry]) -> Program:
+    """Try the best points of every repeated search on all tuning replicates, to compare them fairly."""
+    searches: dict[str, dict[int, list[Entry]]] = {}
+    for entry in tuned:
+        searches.setdefault(entry.arm, {}).setdefault(entry.replicate, []).append(entry)
+    wanted = []
+    for arm, by_replicate in searches.items():
+        best = dict.fromkeys(one for rows in by_replicate.values() for one in rank(rows)[:SHORTLIST])
+        wanted += [
+            Wanted(cell.name, arm, replicate, "shortlist", chosen.replace(**design.seeds(replicate)))
+            for chosen in best
+            for replicate in _TUNING
+        ]
+    return (yield from measure(wanted))
+
+
+def search_replicate(study: Study, design: Design, cell: Cell, replicate: int, sampler: Sampler) -> Program:
     """Tune every arm on the replicate's validation data, then confirm the choices."""
     tuned = yield from measure(grid_of(design, cell, replicate, "tune"))
+    tuned += yield from search_spaces(study, design, cell, [replicate], sampler)
     confirmed = yield from measure(confirmed_at(study, design, cell, replicate, _choices(design, tuned)))
     return tuned + confirmed
 
 
-def search_once(study: Study, design: Design, cell: Cell) -> Program:
+def search_once(study: Study, design: Design, cell: Cell, sampler: Sampler) -> Program:
     """Tune every arm on three replicates of their own, then confirm the choices on all replicates."""
-    seeds = _tuned_replicates(study, design)
-    tuned = yield from measure([row for seed in seeds for row in grid_of(design, cell, seed, "tune")])
-    chosen = _choices(design, tuned)
+    grids = yield from measure([row for seed in _TUNING for row in grid_of(design, cell, seed, "tune")])
+    searched = yield from search_spaces(study, design, cell, _TUNING[: design.searches], sampler)
+    shortlist = yield from try_everywhere(design, cell, searched)
+    chosen = _choices(design, grids + shortlist)
     confirmed = yield from measure(
         [
             row
@@ -113,34 +212,35 @@ def search_once(study: Study, design: Design, cell: Cell) -> Program:
             for row in confirmed_at(study, design, cell, replicate, chosen)
         ]
     )
-    return tuned + confirmed
+    return grids + searched + shortlist + confirmed
 
 
-def _choices(design: Design, tuned: Iterable[Entry]) -> dict[str, float | None]:
+def _choices(design: Design, tuned: Iterable[Entry]) -> dict[str, Trial | None]:
     rows = list(tuned)
     return {arm.name: choose(e for e in rows if e.arm == arm.name) for arm in design.arms}
+
+
+_TUNING = range(TUNING_SEEDS, TUNING_SEEDS + TUNING_REPLICATES)
 
 
 def _tunes_once(study: Study, design: Design) -> bool:
     return study.program == "search" and design.tuning == "once"
 
 
-def _tuned_replicates(study: Study, design: Design) -> range:
-    """The replicates that train the grid: those that are judged, or others that choose for all."""
-    if _tunes_once(study, design):
-        return range(TUNING_SEEDS, TUNING_SEEDS + TUNING_REPLICATES)
-    return range(design.replicates)
+def no_sampler(*_: object) -> list[Point]:
+    """Stands for a sampler where no arm has a space. Raises LookupError where one has."""
+    raise LookupError("an arm has a space to search, and no sampler was given")
 
 
-def programs_of(study: Study, preset: str) -> list[tuple[str, Program]]:
+def programs_of(study: Study, preset: str, sampler: Sampler = no_sampler) -> list[tuple[str, Program]]:
     """The programs of a preset, each with its cell's name."""
     design = study.design(preset)
     if _tunes_once(study, design):
-        return [(cell.name, search_once(study, design, cell)) for cell in design.cells]
+        return [(cell.name, search_once(study, design, cell, sampler)) for cell in design.cells]
     return [
         (
             cell.name,
-            search_replicate(study, design, cell, replicate)
+            search_replicate(study, design, cell, replicate, sampler)
             if study.program == "search"
             else measure(grid_of(design, cell, replicate, "sweep")),
         )
@@ -150,23 +250,37 @@ def programs_of(study: Study, preset: str) -> list[tuple[str, Program]]:
 
 
 def planned_rows(study: Study, preset: str) -> list[Trial]:
-    """The rows that a study will train: exactly known for grids; a confirmation counts at the grid's middle.
+    """The rows that a study will train: exactly known for grids, stand-ins where results decide.
 
-    A row may stand for another learning rate than the one that is chosen, so use this for counts and times
-    only. Rows that appear twice are listed once.
+    A row may stand for another learning rate or point than the one that is chosen, so use this for counts
+    and times only. Rows that appear twice are listed once.
     """
     design = study.design(preset)
+    rows = [trial for cell in design.cells for trial in _planned_in(study, design, cell)]
+    return list({trial.key: trial for trial in rows}.values())
+
+
+def _planned_in(study: Study, design: Design, cell: Cell) -> Iterable[Trial]:
+    once = _tunes_once(study, design)
+    tuned = _TUNING if once else range(design.replicates)
+    for replicate in tuned:
+        for wanted in grid_of(design, cell, replicate, "tune"):
+            yield wanted.trial
     middle = design.lr[len(design.lr) // 2]
-    rows: dict[str, Trial] = {}
-    for cell in design.cells:
-        for replicate in _tuned_replicates(study, design):
-            for wanted in grid_of(design, cell, replicate, "tune"):
-                rows[wanted.trial.key] = wanted.trial
+    for arm in design.arms:
+        if space := arm.space_in(cell.name):
+            trials = design.trials_in(cell.name)
+            searches = _TUNING[: design.searches] if once else tuned
+            shortlisted = min(SHORTLIST, trials) * (len(_TUNING) - 1) if once else 0
+            numbers = [*range(trials), *(trials + n for n in range(shortlisted))]
+            for replicate in searches:
+                for number in numbers:
+                    yield design.searched(cell, arm, replicate, stand_in(space, number))
+            chosen = [design.searched(cell, arm, 0, stand_in(space, 0))]
+        else:
+            other = design.lr[0] if arm.name != study.baseline else middle
+            chosen = [design.trial(cell, arm, 0, lr=lr) for lr in (middle, other)]
         if study.program == "search":
             for replicate in range(design.replicates):
-                for arm in design.arms:
-                    other = design.lr[0] if arm.name != study.baseline else middle
-                    for lr in (middle, other):
-                        trial = confirmation(design, cell, arm, replicate, lr)
-                        rows[trial.key] = trial
-    return list(rows.values())
+                for one in chosen:
+                    yield confirmation(design, one, replicate)

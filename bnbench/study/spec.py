@@ -1,4 +1,4 @@
-"""What a study file declares: arms, cells, hypotheses and the designs of its presets."""
+"""What a study asks and claims: hypotheses with their estimands, claims, and the study itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,75 +13,16 @@ from typing import Any, Literal
 
 from bnbench.registry import BadInput, nearest
 from bnbench.study import checks
+from bnbench.study.design import Cell, Design, define_searches
 from bnbench.study.table import Replicate
-from bnbench.study.trial import ROW_VERSION, Trial, check_fields, shown
+from bnbench.study.trial import ROW_VERSION, shown
 
 #: Raised when the analysis code changes what a verdict is.
 ANALYSIS_VERSION = 1
 
 _ALLOWS = ("both", "support", "refute", "neither")
 _KINDS = ("greater", "equivalent")
-_TUNINGS = ("per_replicate", "once")
 _PROGRAMS = ("search", "sweep")
-
-
-@dataclass(frozen=True, init=False)
-class Arm:
-    """What is compared inside a cell: a named change to the row, `Arm("group-8", norm="group", ...)`."""
-
-    name: str
-    changes: Mapping[str, Any]
-
-    def __init__(self, name: str, **changes: Any) -> None:
-        checks.check_name("arm", name)
-        checks.check_changes(f"arm {name!r}", changes)
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "changes", changes)
-
-
-@dataclass(frozen=True, init=False)
-class Cell:
-    """The unit of a verdict: model, data and factor levels as a named change to the row.
-
-    `constants` are numbers registered with the cell that analysis reads, such as a target accuracy.
-    """
-
-    name: str
-    changes: Mapping[str, Any]
-    constants: Mapping[str, float]
-
-    def __init__(self, name: str, *, constants: Mapping[str, float] | None = None, **changes: Any) -> None:
-        checks.check_name("cell", name)
-        checks.check_changes(f"cell {name!r}", changes, "constants")
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "changes", changes)
-        numbers = checks.numbers(f"cell {name!r}: constants", {} if constants is None else constants)
-        object.__setattr__(self, "constants", numbers)
-
-
-@dataclass(frozen=True)
-class Factor:
-    """Levels of one field of the row: `Factor("batch_size", (2, 8, 32))`."""
-
-    field: str
-    levels: tuple[Any, ...]
-
-    def __post_init__(self) -> None:
-        check_fields([self.field], "a factor")
-        levels = checks.several(f"factor {self.field!r}: levels", self.levels, object, least=1)
-        for level in levels:
-            checks.check_changes(f"factor {self.field!r}", {self.field: level})
-        object.__setattr__(self, "levels", levels)
-
-
-def cross(cells: tuple[Cell, ...], *factors: Factor) -> tuple[Cell, ...]:
-    """Every cell at every combination of the factors' levels, named `mlp · B=64`."""
-    combined = []
-    for cell, *levels in itertools.product(cells, *(f.levels for f in factors)):
-        pairs = list(zip((f.field for f in factors), levels, strict=True))
-        name = " · ".join([cell.name, *(f"{key}={value}" for key, value in pairs)])
-        combined.append(Cell(name, constants=cell.constants, **{**cell.changes, **dict(pairs)}))
-    return tuple(combined)
 
 
 @dataclass(frozen=True)
@@ -177,70 +117,6 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Design:
-    """What one preset of a study trains.
-
-    `lr` is the grid that every arm gets. `tuning` is "per_replicate" (each replicate chooses by its own
-    validation score) or "once" (three tuning replicates of their own choose for all). `curve_points` is the
-    number of evaluations on the way of a confirmed row, up to 26 a factor of 1.15 apart.
-    """
-
-    base: Trial
-    cells: tuple[Cell, ...]
-    arms: tuple[Arm, ...]
-    lr: tuple[float, ...]
-    replicates: int = 10
-    tuning: Literal["per_replicate", "once"] = "per_replicate"
-    curve_points: int = 26
-    smoke: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.base, Trial):
-            raise BadInput(f"base must be a Trial, not {shown(self.base)}")
-        if self.base.score_on != "val":
-            raise BadInput(
-                "base reads test data; the design itself says which rows do, so leave score_on out"
-            )
-        object.__setattr__(self, "cells", checks.several("cells", self.cells, Cell, least=1))
-        object.__setattr__(self, "arms", checks.several("arms", self.arms, Arm, least=1))
-        for kind, names in (("cell", [c.name for c in self.cells]), ("arm", [a.name for a in self.arms])):
-            checks.check_unique(kind, names)
-        rates = tuple(
-            checks.number("lr", lr, above=0) for lr in checks.several("lr", self.lr, object, least=1)
-        )
-        if list(rates) != sorted(set(rates)):
-            raise BadInput(f"lr must be a rising grid of learning rates, not {shown(self.lr)}")
-        object.__setattr__(self, "lr", rates)
-        checks.check_choice("tuning", self.tuning, _TUNINGS)
-        checks.check_whole("replicates", self.replicates, least=1)
-        checks.check_whole("curve_points", self.curve_points, least=0)
-        if not isinstance(self.smoke, bool):
-            raise BadInput(f"smoke must be True or False, not {shown(self.smoke)}")
-        for cell, arm in itertools.product(self.cells, self.arms):
-            try:
-                self.trial(cell, arm, 0)
-            except BadInput as error:
-                raise BadInput(f"cell {cell.name!r}, arm {arm.name!r}: {error}") from None
-
-    def trial(self, cell: Cell, arm: Arm, replicate: int, **point: Any) -> Trial:
-        """The row of an arm in a cell, with the replicate's data and seed: the base's, plus its number."""
-        seeds = {"data_seed": self.base.data_seed + replicate, "seed": self.base.seed + replicate}
-        changes = {**cell.changes, **arm.changes, **point, **seeds}
-        if self.smoke:
-            changes["steps"] = 2
-            if changes.get("data", self.base.data).startswith("cifar"):
-                # Evaluating a large network on a thousand samples would take longer than its two steps.
-                changes |= {"data_options": {"synthetic": True}, "n_train": 256}
-        return self.base.replace(**changes)
-
-    def cell(self, name: str) -> Cell:
-        """The cell of this name."""
-        cells = {cell.name: cell for cell in self.cells}
-        checks.check_known("a design is asked for a cell", name, list(cells))
-        return cells[name]
-
-
-@dataclass(frozen=True)
 class Study:
     """A question, its hypotheses and how it is answered.
 
@@ -291,8 +167,9 @@ class Study:
     def design(self, preset: str) -> Design:
         """The design of a preset: `quick`, `full`, or `smoke` (every shape of `full` for two steps)."""
         if preset == "smoke":
+            few = 2 if any(arm.space for arm in self.full.arms) else 0
             return dataclasses.replace(
-                self.full, replicates=1, lr=self.full.lr[:1], tuning="per_replicate", smoke=True
+                self.full, replicates=1, lr=self.full.lr[:1], tuning="per_replicate", trials=few, smoke=True
             )
         if preset not in ("quick", "full"):
             raise BadInput(f"no preset named {preset!r}{nearest(preset, ('quick', 'full', 'smoke'))}")
@@ -317,6 +194,7 @@ class Study:
             "replicates": design.replicates,
             "tuning": design.tuning,
             "curve_points": design.curve_points,
+            **define_searches(design),
             "cells": {
                 cell.name: {
                     "constants": dict(cell.constants),

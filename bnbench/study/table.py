@@ -9,9 +9,9 @@ from typing import Any, Literal
 from bnbench.study.trial import Trial
 
 Status = Literal["done", "diverged", "failed"]
-#: Why a row was trained: to choose a learning rate, to confirm the arm's own best one, to confirm at the
-#: baseline's best one, or as a point of a fixed grid.
-Role = Literal["tune", "own", "common", "sweep"]
+#: Why a row was trained: to tune an arm, to compare the best points of its searches on the same data, to
+#: confirm the arm's own choice, to confirm at the baseline's learning rate, or as a point of a fixed grid.
+Role = Literal["tune", "shortlist", "own", "common", "sweep"]
 
 
 @dataclass(frozen=True)
