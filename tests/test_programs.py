@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnbench.study import Arm, Entry, Result, Study, Table, Trial
+from bnbench.engine.search import draw
+from bnbench.study import Arm, Choice, Entry, Range, Result, Study, Table, Trial
+from bnbench.study.design import TUNING_REPLICATES
 from bnbench.study.programs import (
-    TUNING_REPLICATES,
+    SHORTLIST,
     TUNING_SEEDS,
     choose,
     grid_of,
     measure,
     planned_rows,
     programs_of,
+    setting,
 )
 from tests.pilot_study import ARMS, CELLS, design, drive, invented, study
 
@@ -176,3 +180,90 @@ def test_a_program_gives_back_lines_in_the_order_asked() -> None:
         (w.cell, w.arm, w.replicate, w.role, w.trial) for w in wanted
     ]
     assert all(e.result == invented(e.trial) for e in lines)
+
+
+SIZES = {"4": {"batch_size": 4, "steps": 16}, "8": {"batch_size": 8, "steps": 8}}
+SPACE = (Range("lr", 0.01, 1.0), Choice("batch_size", SIZES))
+SEARCHED = (ARMS[0], Arm("batch", space=SPACE), Arm("lr alone", space=SPACE[:1]))
+
+
+def searching(tuning: str, **changes: object) -> Study:
+    one = design(arms=SEARCHED, tuning=tuning, trials=5, batch=2, **changes)
+    return study(quick=one, full=one, hypotheses=())
+
+
+def test_a_search_asks_batch_by_batch_and_learns_from_what_it_got() -> None:
+    the_study = searching("per_replicate")
+    lines, requests = drive(programs_of(the_study, "quick", draw)[0][1])
+    grid, *batches, confirming = requests
+    assert {row.arm for row in grid} == {"none"}
+    assert [len(rows) for rows in batches] == [4, 8, 10]
+    for earlier, later in pairwise(batches):
+        for arm in ("batch", "lr alone"):
+            asked = [row for row in earlier if row.arm == arm]
+            assert [row for row in later if row.arm == arm][: len(asked)] == asked
+    assert {(row.arm, row.role) for row in confirming} == {
+        ("none", "own"), ("none", "common"), ("batch", "own"), ("lr alone", "own")
+    }  # fmt: skip
+    for arm in ("batch", "lr alone"):
+        tuned = [e for e in lines if e.arm == arm and e.role == "tune"]
+        assert len({e.trial.key for e in tuned}) == len(tuned) == 5
+        best = max(tuned, key=lambda e: e["val/acc"]).trial
+        (own,) = [e.trial for e in lines if e.arm == arm and e.role == "own"]
+        assert (own.lr, own.batch_size, own.steps) == (best.lr, best.batch_size, best.steps)
+        assert (own.score_on, own.seed, own.data_seed) == ("test", best.seed, best.data_seed)
+
+
+def test_a_search_is_a_function_of_the_results_alone() -> None:
+    first, again = (drive(programs_of(searching("once"), "quick", draw)[0][1]) for _ in range(2))
+    assert first == again
+    worse = drive(
+        programs_of(searching("once"), "quick", draw)[0][1],
+        lambda trial: Result("done", {**invented(trial).metrics, "val/acc": trial.lr}),
+    )
+    assert worse[1][0] == first[1][0]
+    assert worse[1][-1] != first[1][-1]
+
+
+def test_repeated_searches_are_compared_on_all_tuning_replicates() -> None:
+    lines, _ = drive(programs_of(searching("once", searches=2, replicates=4), "quick", draw)[0][1])
+    extra = range(TUNING_SEEDS, TUNING_SEEDS + TUNING_REPLICATES)
+    for arm in ("batch", "lr alone"):
+        tuned = [e for e in lines if e.arm == arm and e.role == "tune"]
+        assert Counter(e.replicate for e in tuned) == {extra[0]: 5, extra[1]: 5}
+        assert {setting(e.trial) for e in tuned if e.replicate == extra[0]} != {
+            setting(e.trial) for e in tuned if e.replicate == extra[1]
+        }
+        best = set()
+        for replicate in extra[:2]:
+            ranked = sorted((e for e in tuned if e.replicate == replicate), key=lambda e: -e["val/acc"])
+            best |= {setting(e.trial) for e in ranked[:SHORTLIST]}
+        tried = [e for e in lines if e.arm == arm and e.role == "shortlist"]
+        assert Counter(setting(e.trial) for e in tried) == dict.fromkeys(best, TUNING_REPLICATES)
+        means = {one: sum(e["val/acc"] for e in tried if setting(e.trial) == one) for one in best}
+        own = [e.trial for e in lines if e.arm == arm and e.role == "own"]
+        assert [trial.data_seed for trial in own] == [0, 1, 2, 3]
+        winner = max(means, key=lambda one: means[one])
+        assert {setting(t).replace(score_on="val", curve_points=0) for t in own} == {winner}
+
+
+def test_a_point_that_fails_is_never_chosen() -> None:
+    def large_rates_fail(trial: Trial) -> Result:
+        return Result("failed", reason="no") if trial.lr > 0.1 else invented(trial)
+
+    lines, _ = drive(programs_of(searching("once"), "quick", draw)[0][1], large_rates_fail)
+    assert any(e.result.status == "failed" for e in lines if e.role == "tune")
+    assert all(e.trial.lr <= 0.1 for e in lines if e.role in ("shortlist", "own"))
+
+
+def test_a_search_without_a_sampler_is_an_error() -> None:
+    with pytest.raises(LookupError, match="no sampler"):
+        drive(programs_of(searching("once"), "quick")[0][1])
+
+
+@pytest.mark.parametrize("tuning", ["once", "per_replicate"])
+def test_a_plan_of_searches_counts_what_they_may_ask_for(tuning: str) -> None:
+    the_study = searching(tuning)
+    asked = {row.trial.key for _, made in programs_of(the_study, "quick", draw) for row in drive(made)[0]}
+    planned = len(planned_rows(the_study, "quick"))
+    assert 0.8 * planned <= len(asked) <= planned

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from bnbench.data import shape_of
+from bnbench.engine.search import draw
 from bnbench.engine.suite import prepare
 from bnbench.study import Estimate, Replicate, Study
 from bnbench.study.claims import MIN_TRAIN_ACC
@@ -67,7 +68,7 @@ def test_every_estimand_finds_what_it_reads(name: str, preset: str) -> None:
     study: Study = SUITE[name]
     design = study.design(preset)
     seen = set()
-    for cell_name, program in programs_of(study, preset):
+    for cell_name, program in programs_of(study, preset, draw):
         if cell_name in seen:
             continue
         seen.add(cell_name)

@@ -99,7 +99,7 @@ class Range:
 
     def stand_in(self, number: int) -> float:
         """A value near the middle, another one for each number."""
-        return math.sqrt(self.low * self.high) * (1 + number / 1000)
+        return math.sqrt(self.low * self.high) * (1 + number / 100)
 
 
 Dimension = Choice | Range

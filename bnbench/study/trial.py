@@ -41,8 +41,9 @@ class Trial:
 
     `seed` and `score_on` seed the training together: a tuning row reads validation data, a confirmed row
     reads test data too, and both train from different random numbers on the same data (`data_seed`).
-    `steps` is the training budget in optimizer steps; `warmup` is the share of it with a linearly rising
-    learning rate; `curve_points` the number of geometrically spaced evaluations on the way.
+    `batch_size` is that of one device. `steps` is the training budget in optimizer steps; `warmup` is the
+    share of it with a linearly rising learning rate; `curve_points` the number of geometrically spaced
+    evaluations on the way.
     """
 
     data: str = "mnist1d"
@@ -111,6 +112,16 @@ class Trial:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+    @property
+    def world_size(self) -> int:
+        """The processes that train the row, one a device."""
+        return self.devices * self.num_nodes
+
+    @property
+    def global_batch(self) -> int:
+        """The samples of an optimizer step: `batch_size` is each device's share."""
+        return self.batch_size * self.world_size
 
     def changed(self) -> dict[str, Any]:
         """The fields that differ from their defaults, in the order of their declaration."""
