@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -59,16 +59,21 @@ def split_parameters(model: nn.Module, decay_norm: bool) -> tuple[list[nn.Parame
     return decayed, free
 
 
+def own_model_class(path: str) -> tuple[Callable[..., Any], Mapping[str, inspect.Parameter]]:
+    """The class `package.module:Class` with its parameters. Raises BadInput where it cannot be had."""
+    module_name, _, attribute = path.partition(":")
+    try:
+        make = getattr(importlib.import_module(module_name), attribute)
+        return make, inspect.signature(make).parameters
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise BadInput(f"model {path!r} cannot be had: {error}; write it as package.module:Class") from None
+
+
 def _own_model(
     path: str, in_shape: Sequence[int], num_classes: int, slot: Slot, options: Mapping[str, Any]
 ) -> nn.Module:
     """Build `package:Class`, giving it of in_shape, num_classes, norm_layer and slot what it asks for."""
-    module_name, _, attribute = path.partition(":")
-    try:
-        make = getattr(importlib.import_module(module_name), attribute)
-        parameters = inspect.signature(make).parameters
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise BadInput(f"model {path!r} cannot be had: {error}; write it as package.module:Class") from None
+    make, parameters = own_model_class(path)
     offered = {
         "in_shape": tuple(in_shape),
         "num_classes": num_classes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 
@@ -24,6 +25,8 @@ def main() -> None:
     signal.signal(signal.SIGHUP, _terminate)
     try:
         _quiet_environment()
+        # A model, norm or data set of one's own is looked for where the command is called, after all else.
+        sys.path.append(str(Path.cwd()))
         from bnbench.cli.app import call
 
         code = call(sys.argv[1:])
