@@ -1,14 +1,18 @@
-"""Plausible results of two studies that were never trained, for the tests of the report."""
+"""Plausible results of studies that were never trained, for the tests of the report."""
 
 import math
 import random
 from dataclasses import replace
 from functools import partial
 
+from bnbench.engine.search import draw
 from bnbench.report import Report, StudyResult
-from bnbench.study import Arm, Cell, Claim, Design, Entry, Hypothesis, Result, Study, Table, Trial
+from bnbench.study import Arm, Cell, Claim, Design, Entry, Hypothesis, Range, Result, Study, Table, Trial
 from bnbench.study.claims import adjust, family_sizes, judge, judge_claim
 from bnbench.study.estimands import accuracy_difference, log_steps_ratio, lr_width_difference
+from bnbench.study.programs import programs_of
+from bnbench.study.recipes import recipe_space
+from tests.pilot_study import drive
 
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
 CLAIMS = (
@@ -132,3 +136,54 @@ def doctored_report(replicates: int = 10, *, drop: int = 0) -> Report:
     results = [replace(r, verdicts=tuple(v for v in verdicts if v.study == r.study.name)) for r in results]
     claims = tuple((claim, judge_claim(claim.id, verdicts)) for claim in CLAIMS)
     return Report(tuple(results), claims, {"torch": "2.13.0", "machine": "a <made-up> one"})
+
+
+def recipe_study(replicates: int = 6, *, trials: int = 12, searches: int = 3, **changes: object) -> Study:
+    """Two norms with their recipes searched, the learning rate alone beside them, and a grid."""
+    cells = (Cell("mlp · mnist1d", steps=300), Cell("cnn · small", model="cnn", steps=200))
+    arms = (
+        *(
+            Arm(norm, norm=norm, space={
+                cells[0].name: recipe_space(norm=norm, examples=19_200),
+                cells[1].name: recipe_space(("batch_size", "dropout"), norm=norm, examples=12_800),
+            })
+            for norm in ("none", "batch")
+        ),
+        *(Arm(f"{norm}, lr alone", norm=norm, space=(Range("lr", 1e-3, 3.0),)) for norm in ("none", "batch")),
+        Arm("the article", norm="batch"),
+    )  # fmt: skip
+    design = Design(
+        Trial(), cells, arms, GRID, replicates=replicates, tuning="once", trials=trials, batch=4,
+        searches=searches,
+    )  # fmt: skip
+    design = replace(design, **changes)
+    better = partial(accuracy_difference, better="batch", other="none")
+    hypothesis = Hypothesis("C5.r", "C5", "Its best recipe is better.", better, 1.0, ("batch",), ("none",))
+    return Study("recipe", "Which recipe is best?", (hypothesis,), design, design, baseline="the article")
+
+
+def recipe_result(trial: Trial) -> Result:
+    """A training that never was: batch size, dropout and most of all the learning rate matter."""
+    best = {"none": 0.05, "batch": 0.3}[trial.norm]
+    noise = random.Random(trial.key).gauss(0, 0.01)
+    data = random.Random(f"{trial.data_seed}/{trial.model}").gauss(0, 0.01)
+    top = 0.7 + 0.02 * (trial.norm == "batch") + data + noise - 0.1 * math.log10(trial.lr / best) ** 2
+    top += 0.03 * (trial.batch_size == 32) - 0.1 * trial.dropout
+    if trial.norm == "none" and trial.lr > 1:
+        lost = {"chance": 0.1, "val/acc": 0.1, "val/loss": 9.0, "train/loss": 9.0, "test/acc": 0.1}
+        return Result("diverged", lost, reason=f"loss was NaN at step {1 + trial.batch_size}")
+    metrics = {
+        "chance": 0.1, "val/acc": top, "val/loss": 1 - top, "train/loss": 0.3, "train/acc": 0.98,
+        "test/acc": top - 0.01 + random.Random(trial.key + "test").gauss(0, 0.005), "test/loss": 1.0,
+        "test/ece": 0.05, "test/gap": 0.2, "time/step_ms": 1.5, "time/total_s": 0.8,
+    }  # fmt: skip
+    return Result("done", metrics)
+
+
+def recipe_report(study: Study) -> StudyResult:
+    """The result of a study whose trainings never were, searched by the real sampler."""
+    entries = [e for _, p in programs_of(study, "quick", draw) for e in drive(p, recipe_result)[0]]
+    table = Table(tuple(entries))
+    verdicts = adjust(judge(study, "quick", table, sizes := family_sizes([study], "quick")), sizes)
+    planned = len({e.trial.key for e in entries})
+    return StudyResult(study, "quick", study.hash("quick"), table, tuple(verdicts), planned)

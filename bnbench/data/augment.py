@@ -12,20 +12,21 @@ from bnbench.registry import BadInput, nearest
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 # Each takes a batch (N × C × H × W) and a generator, and is a pure function of both. The draws are made
-# where the generator lives: with a CPU generator they are the same numbers for every device.
+# where the generator lives: with a CPU generator they are the same numbers for every device. They are sent
+# without blocking, since a copy that blocks makes every step wait for the one before.
 
 
 def flip(x: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror each image left to right with probability 1/2."""
     mirrored = torch.rand(len(x), 1, 1, 1, generator=generator, device=generator.device) < 0.5
-    return torch.where(mirrored.to(x.device), x.flip(-1), x)
+    return torch.where(mirrored.to(x.device, non_blocking=True), x.flip(-1), x)
 
 
 def crop(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     """Shift each image by up to `pad` pixels each way, zeros moving in (He et al., 2016, section 4.2)."""
     count, channels, height, width = x.shape
     corner = torch.randint(2 * pad + 1, (2, count, 1), generator=generator, device=generator.device)
-    top, left = corner.to(x.device)
+    top, left = corner.to(x.device, non_blocking=True)
     rows = top + torch.arange(height, device=x.device)
     columns = left + torch.arange(width, device=x.device)
     image = torch.arange(count, device=x.device).view(-1, 1, 1, 1)
@@ -43,7 +44,8 @@ def cutout(x: Tensor, generator: torch.Generator, size: int | None = None) -> Te
     side = height // 2 if size is None else size
     across = torch.arange(width, device=x.device).view(1, 1, 1, -1)
     down = torch.arange(height, device=x.device).view(1, 1, -1, 1)
-    draw = torch.rand(2, count, 1, 1, 1, generator=generator, device=generator.device).to(x.device)
+    draw = torch.rand(2, count, 1, 1, 1, generator=generator, device=generator.device)
+    draw = draw.to(x.device, non_blocking=True)
     top = (draw[0] * height).long() - side // 2
     left = (draw[1] * width).long() - side // 2
     inside = (down >= top) & (down < top + side) & (across >= left) & (across < left + side)

@@ -1,24 +1,30 @@
 """The look of the figures: colours, line styles, and SVG that fits a light and a dark page.
 
-The only file besides figures.py that touches matplotlib.
+The only file besides figures.py and search_figures.py that touches matplotlib.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import matplotlib.style
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 #: Stands for the colour of text and axes until the SVG is finished; no arm has it.
 INK = "#010203"
 #: A grey with the same contrast on a white and on a nearly black page.
 FILE_INK = "#6e7b88"
+
+#: In CSS pixels; a figure fits a phone at nearly this size, so that its text stays readable.
+WIDTH = 400.0
 
 #: Hues of Okabe & Ito (2008), apart for colour-blind eyes, shifted to show on white and on black.
 _COLOURS = ("#2f7fc1", "#d55e00", "#0a9b6f", "#c2609a", "#b87c00", "#7a6fd0", "#2f97c9", "#8c7853")
@@ -133,11 +139,80 @@ def finish(figure: Figure, name: str, title: str) -> Drawing:
     body = re.sub(r"font-family: [^;\"]*;?", "", body)
     body = re.sub(r'\b((?:d|x|y|transform|points|dx|dy)=")([^"]*)"', _rounded, body)
     body = body.replace("xlink:href", "href")
-    body = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', body)
-    body = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", body)
     body = re.sub(r"\n\s*", " ", body).strip()
+    body = _with_own_ids(body, name)
+    body = re.sub(r"<g([^>]*)>((?: *<use [^>]*/>){2,}) *</g>", _with_one_style, body)
     head = f'<svg role="img" viewBox="{found[1]}" stroke-linejoin="round" stroke-linecap="butt">'
     return Drawing(name, title, f"{head}<title>{escape(title)}</title>{body}</svg>")
+
+
+def _with_own_ids(body: str, name: str) -> str:
+    """Number the ids that something refers to, under the figure's name, and drop all others."""
+    used = dict.fromkeys(re.findall(r'(?:url\(|href=")#([^)"]+)', body))
+    own = {old: f"{name}-{i}" for i, old in enumerate(used)}
+    body = re.sub(r'(url\(|href=")#([^)"]+)', lambda found: f"{found[1]}#{own[found[2]]}", body)
+    return re.sub(r' id="([^"]+)"', lambda found: f' id="{own[found[1]]}"' if found[1] in own else "", body)
+
+
+def _with_one_style(group: re.Match[str]) -> str:
+    """Say the style of many equal marks once; hundreds of dots would be most of a page."""
+    styles = set(re.findall(r' style="[^"]*"', group[2]))
+    if len(styles) != 1 or "style=" in group[1]:
+        return group[0]
+    style = styles.pop()
+    return f"<g{group[1]}{style}>{group[2].replace(style, '')}</g>"
+
+
+def percent(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """The points' x as they are, and their y, a share, in percent."""
+    return [x for x, _ in points], [100 * y for _, y in points]
+
+
+def log_axis(axes: Any, label: str) -> None:
+    """Give a panel a logarithmic x axis with plain numbers."""
+    axes.set_xscale("log")
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def panel(
+    height: float,
+    legend: Iterable[str],
+    styles: Mapping[str, ArmStyle],
+    *,
+    markers: bool = False,
+    foot: float = 38.0,
+    left: float = 52.0,
+) -> tuple[Figure, Any]:
+    """A figure with one panel, and above it a legend of these arms, as many in a line as fit.
+
+    The margins are given, since matplotlib's own layout takes as long as all the drawing.
+    """
+    lines = [
+        Line2D(
+            [], [], color=styles[arm].colour, linestyle=styles[arm].dashes, linewidth=2,
+            marker=styles[arm].marker if markers else None, markersize=4.5, label=cut(arm, 24),
+        )
+        for arm in legend
+    ]  # fmt: skip
+    longest = max((len(str(line.get_label())) for line in lines), default=0)
+    columns = max(1, min(4, 46 // (longest + 6)))
+    head = 8.0 + 19.0 * math.ceil(len(lines) / columns)
+    height += head
+    figure = new_figure(WIDTH, height)
+    axes = figure.add_axes(
+        (left / WIDTH, foot / height, (WIDTH - left - 8) / WIDTH, (height - head - foot) / height)
+    )
+    if lines:
+        figure.legend(handles=lines, loc="upper left", ncols=columns, borderaxespad=0.2)
+    return figure, axes
+
+
+def cut(text: str, length: int) -> str:
+    """A text of at most this length, the last letter an ellipsis where something is missing."""
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _rounded(match: re.Match[str]) -> str:

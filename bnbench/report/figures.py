@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 
 from bnbench.report.drawing import (
     DECISION_COLOURS,
     INK,
+    WIDTH,
     ArmStyle,
     Drawing,
+    cut,
     finish,
     house_style,
+    log_axis,
     new_figure,
+    panel,
+    percent,
 )
 from bnbench.report.summaries import USABLE_MARGIN, Band, Sweep
 from bnbench.report.words import effect, is_ratio
 from bnbench.study.claims import Verdict
 
-# In CSS pixels; a figure fits a phone at nearly this size, so that its text stays readable.
-_WIDTH, _HEIGHT = 400.0, 255.0
+_HEIGHT = 255.0
 _RATIO_TICKS = (
     1,
     2,
@@ -63,7 +65,7 @@ def draw_curves(
 ) -> Drawing:
     """Validation accuracy over steps: the median of each arm and its interquartile range."""
     with house_style():
-        figure, axes = _panel(_HEIGHT, bands, styles)
+        figure, axes = panel(_HEIGHT, bands, styles)
         for arm, band in bands.items():
             style = styles[arm]
             percent = [[100 * v for v in series] for series in (band.low, band.middle, band.high)]
@@ -75,7 +77,7 @@ def draw_curves(
                 f"target {100 * target:.3g} %", (0.01, 100 * target), xycoords=("axes fraction", "data"),
                 xytext=(0, 3), textcoords="offset points", fontsize=9.5,
             )  # fmt: skip
-        _log_axis(axes, "training step")
+        log_axis(axes, "training step")
         axes.set_ylabel("validation accuracy, %")
         return finish(figure, name, f"Validation accuracy while training, {cell}, {note}")
 
@@ -83,13 +85,13 @@ def draw_curves(
 def draw_sweep(name: str, cell: str, sweeps: Mapping[str, Sweep], styles: Mapping[str, ArmStyle]) -> Drawing:
     """Validation accuracy over the learning rate: replicates thin, means bold, the usable range below."""
     with house_style():
-        figure, axes = _panel(_HEIGHT + 10 * len(sweeps), sweeps, styles, markers=True)
+        figure, axes = panel(_HEIGHT + 10 * len(sweeps), sweeps, styles, markers=True)
         for arm, found in sweeps.items():
             style = styles[arm]
             for points in found.replicates.values():
-                axes.plot(*_percent(points), color=style.colour, linewidth=0.7, alpha=0.35)
+                axes.plot(*percent(points), color=style.colour, linewidth=0.7, alpha=0.35)
             axes.plot(
-                *_percent(found.mean), color=style.colour, linestyle=style.dashes, linewidth=2,
+                *percent(found.mean), color=style.colour, linestyle=style.dashes, linewidth=2,
                 marker=style.marker, markersize=4.5,
             )  # fmt: skip
         bottom, top = axes.get_ylim()
@@ -99,7 +101,7 @@ def draw_sweep(name: str, cell: str, sweeps: Mapping[str, Sweep], styles: Mappin
                 y = bottom - (i + 0.6) * step
                 axes.plot([start, end], [y, y], color=styles[arm].colour, linewidth=4, solid_capstyle="butt")
         axes.set_ylim(bottom - (len(sweeps) + 0.4) * step, top)
-        _log_axis(axes, "learning rate")
+        log_axis(axes, "learning rate")
         axes.set_ylabel("validation accuracy, %")
         bars = f"bars: within {100 * USABLE_MARGIN:g} points of the arm's own best"
         return finish(figure, name, f"Validation accuracy over the learning rate, {cell} ({bars})")
@@ -115,11 +117,11 @@ def draw_pairs(
     """Every replicate as a dot; lines join the arms of one replicate, which saw the same data."""
     with house_style():
         slanted = len(scores) > 5 or any(len(arm) > 10 for arm in scores)
-        figure, axes = _panel(_HEIGHT + 30 * slanted, {}, styles, foot=26.0 + 50 * slanted)
+        figure, axes = panel(_HEIGHT + 30 * slanted, {}, styles, foot=26.0 + 50 * slanted)
         places = {arm: float(i) for i, arm in enumerate(scores)}
         for replicate in sorted({r for found in scores.values() for r in found}):
             line = [(places[arm], found[replicate]) for arm, found in scores.items() if replicate in found]
-            axes.plot(*_percent(line), color=INK, linewidth=0.7, alpha=0.3, zorder=1)
+            axes.plot(*percent(line), color=INK, linewidth=0.7, alpha=0.3, zorder=1)
         for arm, found in scores.items():
             style, values = styles[arm], [100 * v for v in found.values()]
             axes.scatter(
@@ -131,7 +133,7 @@ def draw_pairs(
             axes.plot(bar, [mean, mean], color=style.colour, linewidth=2.4, zorder=3)
         axes.set_xlim(-0.5, len(scores) - 0.5)
         axes.set_xticks(
-            list(places.values()), [_cut(arm, 18) for arm in places], rotation=30 if slanted else 0,
+            list(places.values()), [cut(arm, 18) for arm in places], rotation=30 if slanted else 0,
             ha="right" if slanted else "center",
         )  # fmt: skip
         axes.grid(False, axis="x")
@@ -172,7 +174,7 @@ def draw_forest(
     """
     frame = _Frame(*_limits(rows, in_delta), in_delta, wide)
     total = sum(frame.height + (0.95 if row.heading else 0.0) for row in rows) + 0.1
-    width, inside, foot = (760.0, 34.0 * total, 46.0) if wide else (_WIDTH, 36.0 * total, 46.0)
+    width, inside, foot = (760.0, 34.0 * total, 46.0) if wide else (WIDTH, 36.0 * total, 46.0)
     left, right = (0.245, 0.755) if wide else (0.02, 0.98)
     with house_style():
         figure = new_figure(width, inside + foot)
@@ -190,7 +192,7 @@ def draw_forest(
                     "fontweight": "bold",
                     "va": "center",
                 }
-                axes.text(0.01, y - 0.34, _cut(words, 96), **place)
+                axes.text(0.01, y - 0.34, cut(words, 96), **place)
                 colour = DECISION_COLOURS.get(decision, INK)
                 axes.text(
                     0.99, y - 0.34, decision, **{**place, "color": colour, "fontsize": 10.5}, ha="right"
@@ -231,7 +233,7 @@ def _forest_row(axes: Any, row: ForestRow, top: float, frame: _Frame, across: An
     axes.text(
         sides[0],
         words,
-        _cut(row.label, 28 if frame.wide else 30),
+        cut(row.label, 28 if frame.wide else 30),
         ha="right" if frame.wide else "left",
         **place,
     )
@@ -286,52 +288,3 @@ def _ratio_ticks(axes: Any, low: float, high: float) -> None:
             chosen.append(x)
     axes.xaxis.set_major_locator(FixedLocator(chosen))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{math.exp(x):.3g} ×"))
-
-
-def _percent(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [100 * y for _, y in points]
-
-
-def _log_axis(axes: Any, label: str) -> None:
-    axes.set_xscale("log")
-    axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _panel(
-    height: float,
-    legend: Iterable[str],
-    styles: Mapping[str, ArmStyle],
-    *,
-    markers: bool = False,
-    foot: float = 38.0,
-) -> tuple[Figure, Any]:
-    """A figure with one panel, and above it a legend of these arms, as many in a line as fit.
-
-    The margins are given, since matplotlib's own layout takes as long as all the drawing.
-    """
-    lines = [
-        Line2D(
-            [], [], color=styles[arm].colour, linestyle=styles[arm].dashes, linewidth=2,
-            marker=styles[arm].marker if markers else None, markersize=4.5, label=_cut(arm, 24),
-        )
-        for arm in legend
-    ]  # fmt: skip
-    longest = max((len(str(line.get_label())) for line in lines), default=0)
-    columns = max(1, min(4, 46 // (longest + 6)))
-    head = 8.0 + 19.0 * math.ceil(len(lines) / columns)
-    height += head
-    figure = new_figure(_WIDTH, height)
-    left = 52.0
-    axes = figure.add_axes(
-        (left / _WIDTH, foot / height, (_WIDTH - left - 8) / _WIDTH, (height - head - foot) / height)
-    )
-    if lines:
-        figure.legend(handles=lines, loc="upper left", ncols=columns, borderaxespad=0.2)
-    return figure, axes
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"

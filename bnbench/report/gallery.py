@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bnbench.report.drawing import ArmStyle, Drawing, arm_styles
 from bnbench.report.figures import ForestRow, draw_curves, draw_forest, draw_pairs, draw_sweep
 from bnbench.report.result import Report, StudyResult
+from bnbench.report.search_figures import (
+    Expectation,
+    Slice,
+    draw_expected,
+    draw_history,
+    draw_importances,
+    draw_slices,
+)
+from bnbench.report.searches import (
+    Search,
+    expected_best,
+    has_searches,
+    importances_of,
+    learning_rate_arm,
+    searches_of,
+)
 from bnbench.report.summaries import USABLE_MARGIN, learning_curve, paired_scores, sweep
-from bnbench.report.words import ORDER, status
+from bnbench.report.words import ORDER, dimension_words, status
 from bnbench.study import Claim
 from bnbench.study.claims import ClaimVerdict, Verdict
+from bnbench.study.design import Arm, Cell, Design
 from bnbench.study.table import Role
 
 
 @dataclass(frozen=True)
 class Group:
-    """Figures of one kind, one for each cell, with the cell's name."""
+    """Figures of one kind with the names of their cells; `folded` where the page hides them at first."""
 
     title: str
     caption: str
     drawings: tuple[tuple[str, Drawing], ...]
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,11 @@ def draw_all(report: Report) -> Gallery:
             claims[claim.id] = _forest(name, claim, verdict)
     names = anchors("study", [f"{r.study.name} {r.preset}" for r in report.results])
     studies = tuple(
-        tuple(group for group in _groups(name, result, styles) if group.drawings)
+        tuple(
+            group
+            for group in (*_search_groups(name, result, styles), *_groups(name, result, styles))
+            if group.drawings
+        )
         for name, result in zip(names, report.results, strict=True)
     )
     return Gallery(styles, claims, studies, _headline(report))
@@ -102,19 +124,137 @@ def _headline(report: Report) -> Drawing | None:
     return draw_forest("headline", title, rows, in_delta=True, wide=True)
 
 
+def _search_groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> list[Group]:
+    design = result.design
+    shares, expected, histories, slices = [], [], [], []
+    repeated = set()
+    for i, cell in enumerate(design.cells, start=1):
+        arms = [arm for arm in design.arms if arm.space_in(cell.name)]
+        searches = {arm.name: searches_of(result, cell, arm) for arm in arms}
+        arms = [arm for arm in arms if any(search.scores for search in searches[arm.name])]
+        if not arms:
+            continue
+        searches = {arm.name: searches[arm.name] for arm in arms}
+        repeated.add(max(map(len, searches.values())))
+        spaces = {arm.name: arm.space_in(cell.name) for arm in arms}
+        found = {arm.name: importances_of(spaces[arm.name], searches[arm.name]) for arm in arms}
+        if found := {arm: shares_there for arm, shares_there in found.items() if shares_there}:
+            drawing = draw_importances(f"{name}-importances-{i}", cell.name, found, styles)
+            shares.append((cell.name, drawing))
+        drawing = draw_expected(
+            f"{name}-expected-{i}", cell.name, _expectations(design, cell, arms, searches), styles
+        )
+        expected.append((cell.name, drawing))
+        drawing = draw_history(f"{name}-history-{i}", cell.name, searches, styles)
+        histories.append((cell.name, drawing))
+        slices += _slices(f"{name}-slices-{i}", cell, arms, searches, styles)
+    anecdote = (
+        "One search's importances are an anecdote: dots far apart say that searches disagree."
+        if max(repeated, default=0) > 1
+        else "There is one search only, so what it found is an anecdote: how far another one would"
+        " disagree cannot be seen."
+    )
+    return [
+        Group(
+            "What mattered in the searches",
+            "How much of the spread of a search's scores each dimension accounts for, by itself and with"
+            " others (functional analysis of variance). A dot is one search, with data and seed of its own; a"
+            f" bar is their mean. {anecdote}",
+            tuple(shares),
+        ),
+        Group(
+            "Best validation accuracy to expect after k trials",
+            "The expected best of k settings drawn by lot from all that the arm's searches tried (Dodge et"
+            " al. 2019), for k up to the trials of one search. That is exact for independent draws only. The"
+            " later trials of a search depend on the earlier ones, so a line says how the tried settings"
+            " spread, and the search history how the searches went. Failed trainings are out.",
+            tuple(expected),
+        ),
+        Group(
+            "Search history",
+            "A dot is one trial, a line the best so far of one search, a triangle a score below the scale."
+            " The best of many validation scores flatters: test accuracies are with the recipes, above.",
+            tuple(histories),
+            folded=True,
+        ),
+        Group(
+            "Slices of the space",
+            "Every trial of an arm's searches, over one dimension at a time; the others vary too. On each"
+            " level the searches lie side by side; a bar is the level's median. A ring marks the setting"
+            " that was confirmed, a triangle a score below the scale.",
+            tuple(slices),
+            folded=True,
+        ),
+    ]
+
+
+def _expectations(
+    design: Design, cell: Cell, arms: Sequence[Arm], searches: Mapping[str, Sequence[Search]]
+) -> list[Expectation]:
+    partners = {arm.name: learning_rate_arm(design, cell, arm) for arm in arms}
+    beside = {partner.name for partner in partners.values() if partner is not None}
+    lines = {
+        name: expected_best(
+            [value for search in there for value in search.scores], design.trials_in(cell.name)
+        )
+        for name, there in searches.items()
+    }
+    return [
+        Expectation(arm.name, lines[arm.name], lines.get(partner.name, ()) if partner else ())
+        for arm in arms
+        if arm.name not in beside
+        for partner in [partners[arm.name]]
+    ]
+
+
+def _slices(
+    name: str,
+    cell: Cell,
+    arms: Sequence[Arm],
+    searches: Mapping[str, Sequence[Search]],
+    styles: Mapping[str, ArmStyle],
+) -> list[tuple[str, Drawing]]:
+    """A figure for each arm; arms that search a single dimension share one."""
+    figures: list[tuple[str, list[Slice]]] = []
+    single: list[Slice] = []
+    for arm in arms:
+        space = arm.space_in(cell.name)
+        if len(space) == 1:
+            title = f"{arm.name}: {dimension_words(space[0].name)}"
+            single.append(Slice(title, arm.name, space[0], searches[arm.name]))
+        else:
+            parts = [Slice(dimension_words(d.name), arm.name, d, searches[arm.name]) for d in space]
+            figures.append((arm.name, parts))
+    if single:
+        figures.append(("one dimension each" if len(single) > 1 else single[0].arm, single))
+    return [
+        (f"{cell.name} · {label}", draw_slices(f"{name}-{i}", f"Slices, {cell.name}, {label}", parts, styles))
+        for i, (label, parts) in enumerate(figures, start=1)
+    ]
+
+
 def _groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> list[Group]:
     design = result.design
     arms = [arm.name for arm in design.arms]
     grid_role: Role = "sweep" if result.study.program == "sweep" else "tune"
     curves: dict[str, list[tuple[str, Drawing]]] = {"own": [], "common": []}
     sweeps, pairs = [], []
+    best = "settings" if has_searches(design) else "learning rates"
     metric = "best validation accuracy" if grid_role == "sweep" else "test accuracy"
     for i, cell in enumerate(design.cells, start=1):
         there = {arm: result.table.of(cell=cell.name, arm=arm) for arm in arms}
-        rates = {arm: sweep([e for e in rows if e.role == grid_role]) for arm, rows in there.items()}
+        on_grid = {arm.name for arm in design.arms if not arm.space_in(cell.name)}
+        rates = {
+            arm: sweep([e for e in rows if e.role == grid_role])
+            for arm, rows in there.items()
+            if arm in on_grid
+        }
         if found := {arm: rate for arm, rate in rates.items() if rate is not None}:
             sweeps.append((cell.name, draw_sweep(f"{name}-sweep-{i}", cell.name, found, styles)))
-        for role, note in (("own", "own best learning rates"), ("common", "common learning rate")):
+        for role, note in (("own", f"own best {best}"), ("common", "common learning rate")):
+            if role == "common" and len(on_grid) == 1 < len(arms):
+                # An arm by itself is compared with nothing.
+                continue
             maybe = {arm: learning_curve(e for e in rows if e.role == role) for arm, rows in there.items()}
             if bands := {arm: band for arm, band in maybe.items() if band is not None}:
                 target = cell.constants.get("target")
@@ -125,12 +265,13 @@ def _groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> l
             pairs.append((cell.name, drawing))
     return [
         Group(
-            "Learning curves, each arm at its own best learning rate",
+            f"Learning curves, each arm at its own best {best.removesuffix('s')}",
             "Line: median over replicates. Band: the middle half of the replicates. Steps on a log scale.",
             tuple(curves["own"]),
         ),
         Group(
-            f"Learning curves, all arms at the best learning rate of “{result.study.baseline}”",
+            f"Learning curves, all arms {'on the grid ' * has_searches(design)}at the best learning rate of"
+            f" “{result.study.baseline}”",
             "Line: median over replicates. Band: the middle half of the replicates. Steps on a log scale.",
             tuple(curves["common"]),
         ),

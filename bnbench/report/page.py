@@ -20,8 +20,10 @@ from bnbench.report import words
 from bnbench.report.drawing import ArmStyle
 from bnbench.report.gallery import Gallery, anchors, draw_all, in_order
 from bnbench.report.plain import render_json
+from bnbench.report.recipes import recipe_heads, recipe_rows
 from bnbench.report.result import Report, StudyResult
 from bnbench.report.summaries import changed_keys, failures, number_heads, number_rows
+from bnbench.report.terms import space_words, tuning_terms
 from bnbench.study import Hypothesis
 from bnbench.study.claims import Verdict
 
@@ -106,7 +108,7 @@ def _render(report: Report, gallery: Gallery) -> str:
         digits=words.plain, duration=words.duration, values=_values, day=_day, status=words.status,
         conclude=words.conclude,
         badge=lambda text: text.lower().replace(" ", "-"), svg=lambda drawing: Markup(drawing.inline),
-        swatch=_swatch,
+        swatch=_swatch, space_words=space_words,
     )  # fmt: skip
     claim_ids = anchors("claim", [claim.id for claim, _ in report.claims])
     by_id = {claim.id: anchor for (claim, _), anchor in zip(report.claims, claim_ids, strict=True)}
@@ -141,6 +143,9 @@ def _study(result: StudyResult, anchor: str, groups: Any) -> dict[str, Any]:
         "groups": groups,
         "primary": _by_hypothesis(result, primary=True),
         "exploratory": _by_hypothesis(result, primary=False),
+        "recipe_heads": recipe_heads(result),
+        "recipes": [(cell.name, recipe_rows(result, cell)) for cell in result.design.cells],
+        "tuning": tuning_terms(result),
         "heads": number_heads(result),
         "numbers": [(cell.name, number_rows(result, cell.name)) for cell in result.design.cells],
         "failures": failures(result),

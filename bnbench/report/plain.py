@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+from typing import Any
 
 from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from bnbench.report.gallery import in_order
+from bnbench.report.recipes import LEVEL, Recipe, recipe_heads, recipe_rows, recipe_values, recipes_of
 from bnbench.report.result import Report, StudyResult
 from bnbench.report.words import amount, conclude, effect, explain, probability, status
 from bnbench.study.claims import to_json
@@ -35,6 +37,7 @@ def render_json(report: Report) -> str:
             "planned": result.planned,
             "recorded": result.recorded,
             "verdicts": [to_json(verdict) for verdict in result.verdicts],
+            **({"recipes": recipes} if (recipes := recipe_values(result)) else {}),
         }
         for result in report.results
     ]
@@ -47,7 +50,7 @@ def render_json(report: Report) -> str:
 
 
 def render_markdown(report: Report) -> str:
-    """The claims and the verdicts as Markdown tables."""
+    """The claims, the verdicts and the recipes as Markdown tables."""
     lines = ["| claim | verdict | in one sentence |", "| --- | --- | --- |"]
     for claim, verdict in in_order(report):
         lines.append(_markdown_row(f"{claim.id}: {claim.sentence}", status(verdict), conclude(verdict)))
@@ -63,6 +66,10 @@ def render_markdown(report: Report) -> str:
             name = v.hypothesis if v.primary else f"{v.hypothesis} (exploratory)"
             matters = amount(v.delta, v.unit)
             lines.append(_markdown_row(name, v.cell, effect(v), matters, str(v.n), v.decision, explain(v)))
+        if heads := recipe_heads(result):
+            lines += ["", _markdown_row("cell", *heads), "| --- " * (1 + len(heads)) + "|"]
+            for cell in result.design.cells:
+                lines += [_markdown_row(cell.name, *row) for row in recipe_rows(result, cell)]
     return "\n".join(lines) + "\n"
 
 
@@ -78,20 +85,38 @@ def _markdown_row(*texts: str) -> str:
 
 
 def render_csv(report: Report) -> str:
-    """One line for each verdict of each cell, with all digits."""
+    """One line for each verdict of each cell, with all digits, and for each recipe with its gains.
+
+    A recipe is of the kind `recipe`, its gains are of the kind `gain over <arm>`; both name their arm.
+    """
     names = (
         *("study", "preset", "study_hash", "hypothesis", "claim", "cell", "primary", "kind", "unit", "delta"),
         *("n", "estimate", "low", "high", "level", "family_size", "p", "p_sign_flip", "p_holm", "d_z"),
-        *("cliffs_delta", "decision", "label", "gate", "reason"),
+        *("cliffs_delta", "decision", "label", "gate", "reason", "arm", "setting"),
     )
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for result in report.results:
+        known = {"study": result.study.name, "preset": result.preset, "study_hash": result.study_hash}
         for verdict in result.verdicts:
-            known = {"preset": result.preset, "study_hash": result.study_hash}
             writer.writerow({**to_json(verdict), **known})
+        for cell in result.design.cells:
+            for recipe in recipes_of(result, cell):
+                writer.writerows({**known, **line} for line in _csv_lines(recipe))
     return buffer.getvalue()
+
+
+def _csv_lines(recipe: Recipe) -> list[dict[str, Any]]:
+    setting = "; ".join(f"{name}: {text}" for name, text in {**recipe.setting, **recipe.given}.items())
+    place = {"cell": recipe.cell, "arm": recipe.arm, "setting": setting, "level": LEVEL}
+    gains = [gain for gain in (recipe.over_grid, recipe.over_lr) if gain is not None]
+    means = [("recipe", "%", recipe.accuracy), *((f"gain over {g.over}", "pp", g.mean) for g in gains)]
+    return [
+        {**place, "kind": kind, "unit": unit}
+        | ({} if mean is None else {"estimate": mean.value, "low": mean.low, "high": mean.high, "n": mean.n})
+        for kind, unit, mean in means
+    ]
 
 
 def verdict_lines(result: StudyResult) -> RichTable:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bnbench.report.result import StudyResult
-from bnbench.report.words import plain, spans
+from bnbench.report.words import median_range, plain, spans
 from bnbench.study.estimands import stuck, usable_lr_width
 from bnbench.study.table import Entry, Role
 
@@ -145,6 +145,7 @@ _ROLE_WORDS: dict[Role, str] = {
     "common": "common",
     "sweep": "whole grid",
     "tune": "tuning",
+    "shortlist": "comparing the best",
 }
 #: Column heads of the table of numbers, with the metric, the factor to the shown unit, and the decimals.
 _COLUMNS = (
@@ -180,7 +181,7 @@ def number_rows(result: StudyResult, cell: str) -> list[list[str]]:
                 measured = _sweep_numbers(entries)
             else:
                 measured = [_column(entries, metric, scale, places) for _, metric, scale, places in _COLUMNS]
-                measured.append(_range([e.trial.lr for e in entries]))
+                measured.append(median_range([e.trial.lr for e in entries]))
             diverged = sum(e.result.status == "diverged" for e in entries)
             seen = [e for e in entries if {"chance", "train/loss"} <= e.result.metrics.keys()]
             held = sum(stuck(e) for e in seen)
@@ -205,28 +206,44 @@ def _sweep_numbers(entries: Sequence[Entry]) -> list[str]:
     best = [max(rows, key=lambda e: e["val/acc"]) for rows in grids.values()]
     widths = [usable_lr_width(rows, USABLE_MARGIN) for rows in grids.values()]
     accuracy = mean_sd([e["val/acc"] for e in best], 100.0, 1)
-    return [accuracy, mean_sd(widths), _range([e.trial.lr for e in best])]
-
-
-def _range(rates: Sequence[float]) -> str:
-    if not rates:
-        return "–"
-    middle = f"{statistics.median_low(rates):g}"
-    return middle if min(rates) == max(rates) else f"{middle} ({min(rates):g}–{max(rates):g})"
+    return [accuracy, mean_sd(widths), median_range([e.trial.lr for e in best])]
 
 
 def failures(result: StudyResult) -> list[list[str]]:
-    """Diverged and failed rows, one line for each cell, arm, role, learning rate and reason."""
-    groups: dict[tuple[str, str, str, float, str, str], list[int]] = {}
+    """Diverged and failed rows, one line for each cell, arm, role, learning rate and reason.
+
+    The trials of searches, of which each has a learning rate of its own, share one line.
+    """
+    searched = {
+        (cell.name, arm.name) for cell in result.design.cells for arm in result.design.arms
+        if arm.space_in(cell.name)
+    }  # fmt: skip
+    groups: dict[tuple[str, str, str, str, float, str], list[Entry]] = {}
     for e in result.table.entries:
         if e.result.status != "done":
-            reason = e.result.brief[:200]
-            place = (e.cell, e.arm, _ROLE_WORDS[e.role], e.trial.lr, e.result.status, reason)
-            groups.setdefault(place, []).append(e.replicate)
+            alone = (e.cell, e.arm) not in searched or e.role not in ("tune", "shortlist")
+            which = (e.trial.lr, _reason(e)) if alone else (0.0, "")
+            groups.setdefault((e.cell, e.arm, _ROLE_WORDS[e.role], e.result.status, *which), []).append(e)
+    return [_failure(place[:4], rows) for place, rows in sorted(groups.items(), key=lambda group: group[0])]
+
+
+def _failure(place: tuple[str, str, str, str], rows: Sequence[Entry]) -> list[str]:
+    cell, arm, role, status = place
+    low, high = min(e.trial.lr for e in rows), max(e.trial.lr for e in rows)
+    reason, several = _reason(rows[0]), len({_reason(e) for e in rows}) > 1
     return [
-        [cell, arm, role, f"{lr:g}", status, reason, spans(replicates)]
-        for (cell, arm, role, lr, status, reason), replicates in sorted(groups.items())
+        cell,
+        arm,
+        role,
+        f"{low:g}" if low == high else f"{low:g}–{high:g}",
+        status,
+        f"{len(rows)} trainings; the first: {reason}" if several else reason,
+        spans([e.replicate for e in rows]),
     ]
+
+
+def _reason(entry: Entry) -> str:
+    return entry.result.brief[:200]
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:

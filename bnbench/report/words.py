@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 
@@ -150,6 +151,20 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def median_range(values: Sequence[float]) -> str:
+    """`0.1 (0.03–0.3)`: the lower median, and the range where the values differ."""
+    if not values:
+        return "–"
+    middle = f"{statistics.median_low(values):g}"
+    low, high = min(values), max(values)
+    return middle if low == high else f"{middle} ({low:g}–{high:g})"
+
+
+def dimension_words(name: str) -> str:
+    """The name of a dimension for people: `learning rate`, `batch size`."""
+    return "learning rate" if name == "lr" else name.replace("_", " ")
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -82,5 +82,5 @@ def _dimension(
     if name == "weight_decay":
         return Choice(name, {k: v for k, v in _WEIGHT_DECAY.items() if norm != "none" or not v["decay_norm"]})
     if name == "label_smoothing":
-        return Choice(name, (0.0, 0.1))
+        return Choice(name, {"none": {name: 0.0}, "0.1": {name: 0.1}})
     return Choice(name, _GAMMA_INIT)

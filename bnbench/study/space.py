@@ -169,6 +169,14 @@ def define(space: Space) -> dict[str, Any]:
     }
 
 
+def recall(values: Mapping[str, Mapping[str, Any]]) -> Space:
+    """The space that :func:`define` has written down."""
+    return tuple(
+        Choice(name, levels) if isinstance(next(iter(levels.values())), Mapping) else Range(name, **levels)
+        for name, levels in values.items()
+    )
+
+
 def _includes(value: Any, wanted: Any) -> bool:
     """Whether a field has a value, or its options have these among others."""
     if isinstance(wanted, Mapping) and isinstance(value, Mapping):

@@ -167,7 +167,8 @@ class Study:
     def design(self, preset: str) -> Design:
         """The design of a preset: `quick`, `full`, or `smoke` (every shape of `full` for two steps)."""
         if preset == "smoke":
-            few = 2 if any(arm.space for arm in self.full.arms) else 0
+            # One point a search: two steps have no batch size from which a second one could learn.
+            few = 1 if any(arm.space for arm in self.full.arms) else 0
             return dataclasses.replace(
                 self.full, replicates=1, lr=self.full.lr[:1], tuning="per_replicate", trials=few, smoke=True
             )

@@ -132,13 +132,15 @@ def check_norm_large_offset(case: NormCase) -> None:
 
 
 def check_norm_without_host(case: NormCase) -> None:
-    """No value is fetched to the host: the layer runs on the meta device, where there are none."""
+    """No value is fetched to the host in either pass: the layer runs on the meta device, which has none."""
     for dim, x in case.inputs(dtype=torch.float32):
         with torch.device("meta"):
             layer = case.build(dim, dtype=torch.float32)
+        leaf = x.to("meta").requires_grad_()
         for training in (True, False):
-            y = layer.train(training)(x.to("meta"))
+            y = layer.train(training)(leaf)
             expect(y.is_meta and y.shape == x.shape, case, f"dim {dim}: left the meta device")
+            torch.autograd.grad(y.sum(), [leaf, *layer.parameters()], allow_unused=True)
 
 
 def check_norm_vmap(case: NormCase) -> None:
