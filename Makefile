@@ -9,7 +9,10 @@ GPUS ?= all
 WORKERS ?=
 DEVICES ?=
 BUDGET ?=
+SMOKE ?=
 RUNS ?= runs
+STORAGE ?=
+RAY ?=
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -25,7 +28,7 @@ for_study := check-python
 for_dev := check-python
 else
 python := $(VENV)/bin/python
-for_study := $(VENV)/.installed-study
+for_study := $(VENV)/.installed-$(if $(RAY),ray,study)
 for_dev := $(VENV)/.installed-dev
 endif
 bnbench := $(python) -m bnbench.cli
@@ -37,12 +40,13 @@ test lint smoke test-slow: export MKL_NUM_THREADS := 1
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
 	@echo '  variables         PRESET=auto|smoke|quick|full  STUDY="name file.py"  GPUS=all|none|0,2  WORKERS=n'
-	@echo '                    DEVICES=n  BUDGET=2h  RUNS=folder  PYTHON=python3.12  VENV=folder|none  PIP_ARGS=...'
+	@echo '                    DEVICES=n  BUDGET=2h  RUNS=folder  STORAGE=url  RAY=auto|host:port'
+	@echo '                    PYTHON=python3.12  VENV=folder|none  PIP_ARGS=...  SMOKE=1'
 
 study: $(for_study) ## run the studies: all, or those named by STUDY
 	@$(bnbench) run $(STUDY) --preset $(PRESET) --gpus $(GPUS) --runs "$(RUNS)" \
 	  $(if $(WORKERS),--workers $(WORKERS)) $(if $(DEVICES),--devices $(DEVICES)) \
-	  $(if $(BUDGET),--budget $(BUDGET))
+	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(RAY),--ray $(RAY)) $(if $(STORAGE),--storage "$(STORAGE)")
 
 plan: $(for_study) ## say what a study would train and how long that takes
 	@$(bnbench) plan $(STUDY) --preset $(PRESET) --gpus $(GPUS) --runs "$(RUNS)" \
@@ -57,8 +61,8 @@ ui: $(for_study) ## open the MLflow UI over RUNS on this machine's loopback addr
 data: $(for_study) ## download the data sets (compute nodes have no internet: do it on the login node)
 	@$(bnbench) data
 
-doctor: $(for_study) ## say whether this machine can run the studies, and what to mend
-	@$(bnbench) doctor --gpus $(GPUS) --runs "$(RUNS)"
+doctor: $(for_study) ## say whether this machine can run the studies, and what to mend (SMOKE=1: try it)
+	@$(bnbench) doctor --gpus $(GPUS) --runs "$(RUNS)" $(if $(SMOKE),--smoke --preset $(PRESET) $(STUDY))
 
 install: $(for_study) ## install bnbench into VENV (the only other step that needs the internet)
 

@@ -42,6 +42,10 @@ class Finding:
     def __str__(self) -> str:
         return f"{self.text}; {self.remedy}" if self.remedy else self.text
 
+    def line(self) -> str:
+        """The finding as `bnbench doctor` lists it."""
+        return f"{self.level:<6} {self.topic:<12} {self}"
+
 
 @dataclass(frozen=True)
 class Torch:
@@ -192,7 +196,7 @@ def _check_folder(runs: Path) -> Iterator[Finding]:
         yield Finding("fault", "folder", f"cannot write to {place} ({error.strerror})", remedy)
         return
     free = shutil.disk_usage(place).free / 2**30
-    text = f"{free:.1f} GiB free in {place}"
+    text = f"{free:.1f} GiB free for {runs}"
     if free < _WARN_BELOW:
         level: Literal["fault", "warn"] = "fault" if free < _STOP_BELOW else "warn"
         yield Finding(level, "folder", text, "make room, or name another folder (RUNS= or --runs)")

@@ -18,11 +18,10 @@ _NO_CARD = (6, 9)
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one worker: its device ("cpu" or "cuda") and the environment that confines it there."""
+    """The place of one worker: a GPU as CUDA_VISIBLE_DEVICES names it, or none on a processor core."""
 
     index: int
-    device: str
-    environment: Mapping[str, str]
+    gpus: tuple[str, ...] = ()
 
 
 def usable_cores() -> int:
@@ -170,14 +169,43 @@ def plan_workers(
             f"{count} workers do not fit on {len(gpus)} GPUs with {per_gpu} each; "
             f"give --per-gpu {-(-count // len(gpus))}"
         )
-    chosen = [[gpus[index % len(gpus)]] if gpus else [] for index in range(count)]
-    return tuple(
-        Slot(index, "cuda" if share else "cpu", confine(share)) for index, share in enumerate(chosen)
-    )
+    return tuple(Slot(index, (gpus[index % len(gpus)],) if gpus else ()) for index in range(count))
 
 
-def enter(slot: Slot) -> None:
-    """Confine this process to its slot; the first thing that a worker does.
+def most_gpus(slots: Sequence[Slot]) -> int:
+    """Count the GPUs that one task can have here; 0 where there are none and tasks run on the processor.
+
+    The parts of a card under MIG serve tasks of one device only: CUDA shows a process no more than one.
+    """
+    named = {gpu for slot in slots for gpu in slot.gpus}
+    return max(1, sum(not gpu.startswith("MIG") for gpu in named)) if named else 0
+
+
+def count_places(slots: Sequence[Slot], devices: int) -> int:
+    """Count the places that a task takes: one a GPU; on processors at most all that there are.
+
+    Raises:
+        BadInput: the task needs more GPUs than there are.
+    """
+    gpus = most_gpus(slots)
+    if gpus and devices > gpus:
+        raise BadInput(f"a row on {devices} GPUs does not fit here, where it can have {gpus}")
+    return min(devices, len(slots))
+
+
+def pick_places(free: Sequence[Slot], count: int) -> tuple[Slot, ...]:
+    """Pick so many of the free places, on GPUs that differ, or none where these are not free."""
+    if count == 1:
+        return tuple(free[:1])
+    distinct: dict[object, Slot] = {}
+    for slot in free:
+        if not any(gpu.startswith("MIG") for gpu in slot.gpus):
+            distinct.setdefault(slot.gpus or slot.index, slot)
+    return tuple(distinct.values())[:count] if len(distinct) >= count else ()
+
+
+def enter(*slots: Slot) -> None:
+    """Confine this process to its place, or places; the first thing that a worker does.
 
     Raises:
         RuntimeError: CUDA has started here already, and would keep the devices that it found then.
@@ -185,7 +213,22 @@ def enter(slot: Slot) -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise RuntimeError("CUDA started before the worker took its place; enter the slot first")
-    os.environ.update(slot.environment)
+    os.environ.update(confine([gpu for slot in slots for gpu in slot.gpus]))
     if torch is not None:
         # A preloaded torch has read OMP_NUM_THREADS already.
         torch.set_num_threads(1)
+
+
+def given_gpus() -> tuple[str, ...]:
+    """Name the GPUs that a slot, or Ray, gave to this process; none where nobody confined it."""
+    names: list[str] = []
+    for name in (entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")):
+        if not name or name.startswith("-") or name == "NoDevFiles":
+            break
+        names.append(name)
+    return tuple(names)
+
+
+def device_here() -> str:
+    """The device of a task, "cuda" or "cpu": whether its process was given a GPU. CUDA is not started."""
+    return "cuda" if given_gpus() else "cpu"

@@ -57,7 +57,7 @@ class Inline(Executor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         assert fn is train_row
         values, data, runs = args
-        assert (data, Path(runs).name) == ("data", "runs")
+        assert (Path(data), Path(runs).name) == (Path("data").absolute(), "runs")
         future: Future[Any] = Future()
         self.open.append((future, trial_from(values)))
         self.most = max(self.most, len(self.open))
@@ -375,6 +375,6 @@ def test_a_row_that_another_run_measured_otherwise_is_reported(record: Record) -
 
 def test_a_worker_trains_the_row_that_it_is_given(tmp_path: Path) -> None:
     trial = Trial(data="digits", norm="none", steps=2, batch_size=8)
-    result = train_row("cpu", trial.as_dict(), str(tmp_path / "data"), str(tmp_path / "runs"))
+    result = train_row(trial.as_dict(), str(tmp_path / "data"), str(tmp_path / "runs"))
     assert result.status in ("done", "diverged")
     assert "val/acc" in result.metrics and "test/acc" not in result.metrics

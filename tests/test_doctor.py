@@ -65,6 +65,14 @@ def test_all_faults_are_told_in_one_line() -> None:
         refuse_unfit(findings)
 
 
+def test_a_finding_is_listed_in_columns() -> None:
+    assert Finding("ok", "GPU", "none").line() == "ok     GPU          none"
+    assert (
+        Finding("fault", "folder", "it is full", "make room").line()
+        == "fault  folder       it is full; make room"
+    )
+
+
 def test_an_old_python_is_refused(tmp_path: Path) -> None:
     finding = look("python", tmp_path, python=(3, 10))
     assert finding.level == "fault"
@@ -170,7 +178,9 @@ def test_little_space_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, level: str
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free * 2**30))
-    assert look("folder", tmp_path).level == level
+    finding = look("folder", tmp_path / "runs")
+    assert finding.level == level
+    assert finding.text == f"{free} GiB free for {tmp_path / 'runs'}"
 
 
 def test_a_missing_compiler_is_a_warning(tmp_path: Path) -> None:

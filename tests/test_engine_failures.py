@@ -192,8 +192,7 @@ def test_a_norm_that_raises_makes_its_row_failed(place, monkeypatch):
         ({"norm": "ghost_batch", "norm_options": {"ghost_size": 3}}, "does not divide the batch of 20"),
         ({"batch_size": 1}, "at least 2"),
         ({"augment": "flipp"}, "did you mean 'flip'"),
-        ({"devices": 2}, "one device"),
-        ({"num_nodes": 2}, "one device"),
+        ({"num_nodes": 2}, "start the row on all nodes at once"),
         (
             {"model": f"{__name__}:RaisesWhenBuilt", "model_options": {}},
             "cannot be built: RuntimeError: cannot be built",

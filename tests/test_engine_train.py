@@ -215,7 +215,7 @@ def test_a_row_gives_the_same_bits_in_fresh_processes(place, tmp_path):
     for number in range(2):
         runs = tmp_path / str(number)
         with ProcessPoolExecutor(1, context, torch.set_num_threads, (1,)) as pool:
-            there = pool.submit(train_row, "cpu", row.as_dict(), str(place.data), str(runs)).result(120)
+            there = pool.submit(train_row, row.as_dict(), str(place.data), str(runs)).result(120)
         assert there.provenance["pid"] != os.getpid()
         assert there.measured() == here.measured()
         assert there.curve == here.curve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,54 +16,54 @@ from typing import Any
 import pytest
 
 from bnbench.engine.executors import LocalPool
-from bnbench.placement import Slot, plan_workers
+from bnbench.placement import Slot, device_here, plan_workers
 from bnbench.registry import BadInput
 
 
-def where(device: str, *words: str) -> tuple[str, ...]:
-    return (device, str(os.getpid()), *words)
+def where(*words: str) -> tuple[str, ...]:
+    return (device_here(), str(os.getpid()), *words)
 
 
-def confinement(device: str) -> dict[str, Any]:
+def confinement() -> dict[str, Any]:
     import torch
 
     names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     return {**{name: os.environ[name] for name in names}, "threads": torch.get_num_threads()}
 
 
-def announce_and_sleep(device: str, path: str, seconds: float = 60.0) -> str:
+def announce_and_sleep(path: str, seconds: float = 60.0) -> str:
     Path(path).write_text(str(os.getpid()))
     time.sleep(seconds)
     return "awake"
 
 
-def nap(device: str) -> str:
+def nap() -> str:
     time.sleep(0.1)
-    return device
+    return device_here()
 
 
-def ignore_and_sleep(device: str, path: str) -> None:
+def ignore_and_sleep(path: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    announce_and_sleep(device, path)
+    announce_and_sleep(path)
 
 
-def kill_oneself(device: str) -> None:
+def kill_oneself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def refuse(device: str) -> None:
+def refuse() -> None:
     raise BadInput("no such thing")
 
 
-def hit_the_end_of_a_file(device: str) -> None:
+def hit_the_end_of_a_file() -> None:
     raise EOFError("truncated")
 
 
-def leave(device: str) -> None:
+def leave() -> None:
     sys.exit(3)
 
 
-def give_what_cannot_be_sent(device: str) -> Callable[[], None]:
+def give_what_cannot_be_sent() -> Callable[[], None]:
     return lambda: None
 
 
@@ -132,7 +133,7 @@ def test_what_a_task_raises_comes_home_and_harms_no_worker(
 def test_a_task_that_cannot_be_sent_is_an_error_of_its_own(pool: LocalPool) -> None:
     with pytest.raises((AttributeError, TypeError), match="pickle"):
         pool.submit(where, lambda: None).result()
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(TypeError, match="word"):
         pool.submit(where, word="a")
     assert pool.submit(where).result()[0] == "cpu"
 
@@ -205,9 +206,22 @@ def test_a_pool_that_did_nothing_can_be_stopped() -> None:
 
 
 def test_a_worker_that_cannot_start_fails_the_task() -> None:
-    wrong: Any = {"OMP_NUM_THREADS": 1}  # no text, so the environment refuses it
-    with LocalPool([Slot(0, "cpu", wrong)]) as pool, pytest.raises(BrokenExecutor, match="before it began"):
+    # No environment takes such a name.
+    with LocalPool([Slot(0, ("\0",))]) as pool, pytest.raises(BrokenExecutor, match="before it began"):
         pool.submit(where).result()
+
+
+def start_a_process() -> int:
+    child = multiprocessing.get_context("fork").Process(target=os._exit, args=(7,))
+    child.start()
+    child.join(10)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_worker_may_start_processes_of_its_own(pool: LocalPool, devices: int) -> None:
+    assert pool.submit(start_a_process, devices=devices).result() == 7
 
 
 COORDINATOR = """
@@ -228,9 +242,24 @@ except KeyboardInterrupt:
     pool.shutdown()
 """
 
+FORGETFUL = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from bnbench.engine.executors import LocalPool
+from bnbench.placement import plan_workers
+from tests.test_executors import announce_and_sleep, pid_in
+folder = Path(sys.argv[1])
+pool = LocalPool(plan_workers((), 2, cpu_count=2))
+for name in sys.argv[2:]:
+    pool.submit(announce_and_sleep, str(folder / name))
+    pid_in(folder / name)
+raise RuntimeError("forgot to stop the workers")
+"""
 
-def coordinator(folder: Path, *names: str) -> subprocess.Popen[str]:
-    code = COORDINATOR.format(root=str(Path(__file__).parents[1]))
+
+def coordinator(folder: Path, *names: str, program: str = COORDINATOR) -> subprocess.Popen[str]:
+    code = program.format(root=str(Path(__file__).parents[1]))
     return subprocess.Popen(
         [sys.executable, "-c", code, str(folder), *names],
         stdin=subprocess.PIPE,
@@ -281,4 +310,15 @@ def test_ctrl_c_while_workers_start_is_silent_too(tmp_path: Path) -> None:
         process.stdin.close()
         assert process.stderr.read() == ""
         assert process.wait() == 0
+        wait_until(lambda: not group(process))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_coordinator_that_crashes_waits_for_no_worker(tmp_path: Path) -> None:
+    with coordinator(tmp_path, "a", "b", program=FORGETFUL) as process:
+        assert process.stderr is not None
+        pids = [pid_in(tmp_path / "a"), pid_in(tmp_path / "b")]
+        assert process.stderr.read().splitlines()[-1] == "RuntimeError: forgot to stop the workers"
+        assert process.wait(10) == 1
+        assert not any(map(is_alive, pids))
         wait_until(lambda: not group(process))

@@ -72,6 +72,9 @@ def work(rank, folder):
         results["far"] = build_norm("sync_batch", 4, 0)(far).detach()
         low = joined_batch(0)[start : start + SHARES[rank]].bfloat16()
         results["low"] = build_norm("sync_batch", 4, 0)(low).detach()
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = joined_batch(0)[start : start + SHARES[rank]].float()
+            results["autocast"] = build_norm("sync_batch", 4, 0)(mixed).detach()
         lonely = build_norm("sync_batch", 4, 0).double()
         everyone = joined_batch(0)
         results["empty share"] = (
@@ -125,6 +128,11 @@ def test_bfloat16_inputs_have_float32_statistics(shares):
     got = torch.cat([share["low"] for share in shares])
     assert got.dtype == torch.bfloat16
     assert_close(got.double(), wanted, 2.0**-7)
+
+
+def test_statistics_stay_in_single_precision_under_autocast(shares):
+    wanted = build_norm("batch", 4, 0)(joined_batch(0).float())
+    assert_close(torch.cat([share["autocast"] for share in shares]), wanted, 1e-5)
 
 
 def test_an_empty_share_weighs_nothing(shares):

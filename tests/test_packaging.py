@@ -139,6 +139,17 @@ def test_variables_reach_the_command(clone: Path) -> None:
 
 
 @needs_make
+def test_a_study_on_ray_installs_it_first(clone: Path) -> None:
+    make(clone, "study", "STUDY=one", "RAY=auto")
+    install, run = calls(clone)[1:]
+    assert install.endswith("-e .[ray]")
+    assert run.endswith("run one --preset auto --gpus all --runs runs --ray auto")
+    # The extra contains what a study needs.
+    make(clone, "study", "STUDY=one")
+    assert len(calls(clone)) == 1
+
+
+@needs_make
 @pytest.mark.parametrize("goal", ["study", "test", "ui", "report", "data", "doctor", "plan"])
 def test_the_environment_that_is_there_can_be_used(clone: Path, goal: str) -> None:
     assert make(clone, goal, "VENV=none").returncode == 0

@@ -34,6 +34,16 @@ TrackingUri = Annotated[
 Gpus = Annotated[str, typer.Option(help="all, none, or positions such as 0,2.")]
 Workers = Annotated[int | None, typer.Option(help="Worker processes; by default one a GPU, or one a core.")]
 PerGpu = Annotated[int, typer.Option(help="Workers that share one GPU.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Start no training after 90m or 2h; auto gives 2h to the preset full.")
+]
+StorageUrl = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Where optuna-dashboard finds the searches; by default in --runs."),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Publish nothing; `bnbench publish` does later.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Verdicts only.")]
 DataFolder = Annotated[
     Path | None,
     typer.Option("--data-folder", help="Folder of data sets; by default BNBENCH_DATA or the user's cache."),
@@ -83,25 +93,29 @@ def run(
     workers: Workers = None,
     per_gpu: PerGpu = 1,
     devices: Annotated[int, typer.Option(help="Devices of one trial.")] = 1,
-    budget: Annotated[
-        str | None, typer.Option(help="Start no training after 90m or 2h; auto gives 2h to the preset full.")
-    ] = None,
+    budget: Budget = None,
     runs: Runs = Path("runs"),
     data_folder: DataFolder = None,
     tracking_uri: TrackingUri = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Publish nothing; `bnbench publish` does later.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Verdicts only.")] = False,
+    storage: StorageUrl = None,
+    offline: Offline = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON at the end.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="auto|ADDRESS", help="Train on the nodes of this Ray cluster.")
+    ] = None,
+    allow_mixed: Annotated[
+        bool, typer.Option("--allow-mixed", help="Take Ray nodes with other versions of bnbench or torch.")
+    ] = False,
 ) -> int:
     """Run studies: train what is missing, print verdicts, write the report."""
     from bnbench.cli import run as running
 
     if devices != 1:
         raise BadInput(
-            f"--devices {devices}: a trial trains on one device; several GPUs train several trials at once"
+            f"--devices {devices}: a study says how many devices each of its rows takes;"
+            " the study `distributed` compares one with two"
         )
     return running.run(
         running.Request(
@@ -114,10 +128,13 @@ def run(
             runs=runs,
             data=_data(data_folder),
             tracking_uri=tracking_uri,
+            storage=storage,
             offline=offline,
             dry_run=dry_run,
             quiet=quiet,
             as_json=as_json,
+            ray=ray,
+            allow_mixed=allow_mixed,
         )
     )
 
@@ -193,14 +210,47 @@ def ui(
 
 
 @app.command()
-def doctor(gpus: Gpus = "all", runs: Runs = Path("runs")) -> int:
+def doctor(
+    studies: Studies = None,
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke", help="Also try devices, data, MLflow and two steps of each shape of the studies."
+        ),
+    ] = False,
+    preset: Preset = "auto",
+    gpus: Gpus = "all",
+    runs: Runs = Path("runs"),
+    data_folder: DataFolder = None,
+    tracking_uri: TrackingUri = None,
+) -> int:
     """Say whether this machine can run the studies, and what to mend."""
     from bnbench import doctor as checks
 
-    findings = checks.check(runs, gpus, environ=os.environ)
-    for finding in findings:
-        print(f"{finding.level:<6} {finding.topic:<12} {finding}")
-    return 1 if any(finding.level == "fault" for finding in findings) else 0
+    if not smoke:
+        if studies:
+            raise BadInput(f"`bnbench doctor` tries the study {studies[0]} only with --smoke")
+        findings = checks.check(runs, gpus, environ=os.environ)
+        for finding in findings:
+            print(finding.line())
+        return 1 if any(finding.level == "fault" for finding in findings) else 0
+
+    from bnbench.cli.preflight import print_preflight
+    from bnbench.cli.run import Request
+
+    return print_preflight(
+        Request(
+            words=tuple(studies or ()),
+            preset=preset,
+            gpus=gpus,
+            workers=None,
+            per_gpu=1,
+            budget=None,
+            runs=runs,
+            data=_data(data_folder),
+            tracking_uri=tracking_uri,
+        )
+    )
 
 
 @app.command()
@@ -229,6 +279,79 @@ def train(
     from bnbench.cli.recorded import print_training
 
     return print_training(trial, gpus, _data(data_folder))
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Option(help="A model's name, or package.module:Class of your own.")],
+    data: Annotated[str, typer.Option(help="A data set's name.")],
+    norm: Annotated[str, typer.Option(help="Norms to search with, as in batch,group.")] = "none,batch",
+    space: Annotated[
+        str, typer.Option(help="What to search beside lr, as in batch_size,dropout; by default all there is.")
+    ] = "",
+    trials: Annotated[int, typer.Option(help="Points of one search.")] = 30,
+    steps: Annotated[
+        int, typer.Option(help="Training steps at batch size 64; others read as many examples.")
+    ] = 500,
+    searches: Annotated[int, typer.Option(help="How often to repeat the search, 1 to 3.")] = 1,
+    replicates: Annotated[int, typer.Option(help="Seeds on which the best recipes are compared.")] = 10,
+    batch: Annotated[int, typer.Option(help="Points that are drawn at a time.")] = 8,
+    lr_alone: Annotated[
+        bool, typer.Option(help="Compare with as many trials spent on the learning rate alone.")
+    ] = True,
+    n_train: Annotated[int | None, typer.Option(help="Training samples; by default all.")] = None,
+    model_options: Annotated[str, typer.Option(metavar="JSON", help='As in {"depth": 4}.')] = "{}",
+    data_options: Annotated[str, typer.Option(metavar="JSON", help='As in {"folder": "images"}.')] = "{}",
+    name: Annotated[str, typer.Option(help="A name for the study; by default one of model and data.")] = "",
+    gpus: Gpus = "all",
+    workers: Workers = None,
+    per_gpu: PerGpu = 1,
+    budget: Budget = None,
+    runs: Runs = Path("runs"),
+    data_folder: DataFolder = None,
+    tracking_uri: TrackingUri = None,
+    storage: StorageUrl = None,
+    offline: Offline = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> int:
+    """Search the best recipe of your own model, data and norms, and compare what was found."""
+    from bnbench.cli.run import Request
+    from bnbench.cli.run import seconds as seconds_of_text
+    from bnbench.cli.search import Question, ask, options, words
+
+    question = Question(
+        model=model,
+        data=data,
+        norms=words(norm),
+        space=words(space),
+        trials=trials,
+        steps=steps,
+        searches=searches,
+        replicates=replicates,
+        batch=batch,
+        lr_alone=lr_alone,
+        n_train=n_train,
+        model_options=options("--model-options", model_options),
+        data_options=options("--data-options", data_options),
+        name=name,
+    )
+    request = Request(
+        words=(),
+        preset="quick",
+        gpus=gpus,
+        workers=workers,
+        per_gpu=per_gpu,
+        budget=None if budget is None else seconds_of_text(budget),
+        runs=runs,
+        data=_data(data_folder),
+        tracking_uri=tracking_uri,
+        storage=storage,
+        offline=offline,
+        dry_run=dry_run,
+        quiet=quiet,
+    )
+    return ask(question, request)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger, MLFlowLogger
 
 from bnbench.data import DataModule
+from bnbench.engine.distributed import cluster_environment
 from bnbench.lit import NormClassifier
 
 
@@ -34,6 +35,12 @@ class ClassifierCLI(LightningCLI):
         """Link what the data knows to the model."""
         for name in ("in_shape", "num_classes"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Name the cluster environment, where the user names no plugin."""
+        if not self._get(self.config_init, "trainer.plugins"):
+            kwargs["plugins"] = [cluster_environment()]
+        return super().instantiate_trainer(**kwargs)
 
 
 def run_lightning(arguments: list[str]) -> int:

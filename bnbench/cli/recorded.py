@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from rich.table import Table as TextTable
 
 from bnbench import placement
 from bnbench.engine.conduct import killed, train_row
+from bnbench.engine.distributed import cluster_environment, launcher, leave_group
 from bnbench.engine.executors import LocalPool
 from bnbench.engine.lock import hold
 from bnbench.engine.provenance import git_state
 from bnbench.engine.suite import Job, judge_recorded, prepare
-from bnbench.engine.train import check_trial
+from bnbench.engine.train import Place, check_trial, train
 from bnbench.exchange import read_rows, write_rows
 from bnbench.record import Record
 from bnbench.registry import BadInput, nearest
@@ -166,23 +168,37 @@ def read_trial(path: Path) -> Trial:
 def _train_once(trial: Trial, gpus: str, data: Path) -> Result:
     """Train one row in a worker, as a study would, but beside `runs/`: no checkpoint, no saved weights."""
     check_trial(trial)
-    slots = placement.plan_workers(placement.choose_gpus(gpus, os.environ), 1)
-    task: Callable[..., Result] = train_row  # the executor adds the device
+    chosen = placement.choose_gpus(gpus, os.environ)
+    slots = placement.plan_workers(chosen, min(trial.devices, len(chosen)) or 1)
     with tempfile.TemporaryDirectory() as scratch, LocalPool(slots) as pool:
-        future = pool.submit(task, trial.as_dict(), str(data), scratch)
+        future = pool.submit(train_row, trial.as_dict(), str(data), scratch, devices=trial.devices)
         error = future.exception()
         return killed(trial) if isinstance(error, BrokenExecutor) else future.result()
 
 
+def _train_as_rank(trial: Trial, gpus: str, data: Path) -> Result:
+    """Train one row in this process, which torchrun or srun has started as one of its ranks."""
+    placement.enter(placement.Slot(0, placement.choose_gpus(gpus, os.environ)))
+    with tempfile.TemporaryDirectory() as scratch:
+        result = train(trial, Place(data, Path(scratch), placement.device_here()))
+    leave_group()
+    return result
+
+
 def print_training(path: Path, gpus: str, data: Path) -> int:
-    """Train the row of a file; print its metrics as JSON."""
+    """Train the row of a file; print its metrics as JSON. Of several ranks rank 0 prints."""
     trial = read_trial(path)
-    result = _train_once(trial, gpus, data)
-    print(
-        json.dumps(
-            {"key": trial.key, "status": result.status, "reason": result.reason, **result.metrics}, indent=1
-        )
-    )
+    rank = 0
+    if launcher() is None:
+        result = _train_once(trial, gpus, data)
+    else:
+        result = _train_as_rank(trial, gpus, data)
+        rank = cluster_environment().global_rank()
+    if rank == 0:
+        said = {"key": trial.key, "status": result.status, "reason": result.reason, **result.metrics}
+        print(json.dumps(said, indent=1))
+    elif result.status == "failed":
+        print(f"rank {rank}: {result.reason}", file=sys.stderr)
     return 1 if result.status == "failed" else 0
 
 

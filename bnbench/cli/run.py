@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,16 @@ from rich.console import Console
 from rich.table import Table as TextTable
 
 from bnbench import doctor, placement
+from bnbench.cli.preflight import on_fit_gpus
 from bnbench.cli.progress import Display, duration
 from bnbench.cli.recorded import gather, recorded_jobs, result_of, results_of
 from bnbench.data import fetch
 from bnbench.engine.cost import known_costs, measure_costs, seconds_of
 from bnbench.engine.executors import LocalPool
 from bnbench.engine.lock import hold
+from bnbench.engine.mirror import Mirror
+from bnbench.engine.ray_pool import RayPool
+from bnbench.engine.storage import open_storage
 from bnbench.engine.suite import Job, drop_weights, prepare, run_jobs
 from bnbench.record import Record
 from bnbench.registry import BadInput, nearest
@@ -30,9 +34,9 @@ from bnbench.study.claims import Verdict
 from bnbench.study.load import load_studies, load_study
 from bnbench.study.programs import Wanted
 from bnbench.study.spec import Study
-from bnbench.study.table import Table
+from bnbench.study.table import Entry, Table
 from bnbench.study.trial import Trial
-from bnbench.tracking import Place, Publisher, open_store, tracking_uri
+from bnbench.tracking import Publisher, open_store, places, tracking_uri
 
 #: Seconds that `auto` gives to the full preset where nothing else is said.
 AUTO_BUDGET = 2 * 3600.0
@@ -51,10 +55,13 @@ class Request:
     runs: Path
     data: Path
     tracking_uri: str | None = None
+    storage: str | None = None
     offline: bool = False
     dry_run: bool = False
     quiet: bool = False
     as_json: bool = False
+    ray: str | None = None
+    allow_mixed: bool = False
 
 
 def seconds(text: str) -> float:
@@ -71,20 +78,26 @@ def run(request: Request) -> int:
     console = Console(stderr=request.as_json, soft_wrap=True)
     if not console.is_terminal:
         console.width = 140
-    presets = _presets(request)
+    pool = _open_pool(request)
+    presets = _presets(request, bool(pool.gpus))
     suite = load_studies()
     chosen = _choose(request.words, suite)
-    for warning in doctor.refuse_unfit(doctor.check(request.runs, request.gpus, environ=os.environ)):
-        console.print(f"[yellow]note:[/] {warning}", highlight=False)
-    slots = placement.plan_workers(
-        placement.choose_gpus(request.gpus, os.environ), request.workers, request.per_gpu
-    )
-    jobs = _prepare(chosen, presets)
+    preflight = bool(pool.gpus) and not request.ray and not request.dry_run
+    if not preflight:
+        cards_here = "none" if request.ray else request.gpus
+        for warning in doctor.refuse_unfit(doctor.check(request.runs, cards_here, environ=os.environ)):
+            console.print(f"[yellow]note:[/] {warning}", highlight=False)
+    jobs = _fitting(_prepare(chosen, presets), pool.gpus, request, console)
     with ExitStack() as stack:
         stack.enter_context(hold(request.runs))
+        if preflight:
+            with suppress(BadInput):  # what cannot be downloaded is listed with all other faults
+                jobs = _with_data(jobs, request, console)
+            request = on_fit_gpus(request, jobs, console)
+            pool = _open_pool(request)
+            jobs = _fitting(jobs, pool.gpus, request, console)
         record = Record(request.runs / "bnbench.db")
         stack.callback(record.close)
-        pool = LocalPool(slots)
         stack.callback(pool.shutdown)
         if not request.dry_run:
             jobs = _with_data(jobs, request, console)
@@ -92,17 +105,62 @@ def run(request: Request) -> int:
         costs = measure_costs(rows, known_costs(record), pool, request.data, request.runs)
         jobs.sort(key=lambda job: (presets.index(job.preset), _cost(job.rows, costs)))
         if not request.quiet:
-            _print_plan(console, jobs, record, costs, len(slots))
+            _print_plan(console, jobs, record, costs, pool.width)
         if (budget := _budget(request, jobs)) is not None and not request.quiet:
             console.print(f"No training starts after {duration(budget)}.", highlight=False)
         if request.dry_run:
             return 0
-        return _work(request, console, suite, jobs, record, pool, costs, len(slots))
+        return _work(request, console, suite, jobs, record, pool, costs)
 
 
-def _presets(request: Request) -> list[str]:
+def jobs_of(request: Request) -> list[Job]:
+    """The studies that were asked for, checked, at each of their presets."""
+    has_gpus = bool(placement.choose_gpus(request.gpus, os.environ))
+    return _prepare(_choose(request.words, load_studies()), _presets(request, has_gpus))
+
+
+def _open_pool(request: Request) -> LocalPool | RayPool:
+    """The workers: those of a Ray cluster, or processes on this machine, which start with their first row."""
+    if request.ray is None:
+        gpus = placement.choose_gpus(request.gpus, os.environ)
+        return LocalPool(placement.plan_workers(gpus, request.workers, request.per_gpu))
+    return RayPool(
+        request.ray,
+        gpus=request.gpus,
+        workers=request.workers,
+        per_gpu=request.per_gpu,
+        allow_mixed=request.allow_mixed,
+    )
+
+
+def _fitting(jobs: list[Job], gpus: int, request: Request, console: Console) -> list[Job]:
+    """Refuse studies whose rows need more devices than one can have; if none was named, leave these out."""
+    fit = []
+    for job in jobs:
+        machines = max(trial.num_nodes for trial in job.rows)
+        devices = max(trial.devices for trial in job.rows)
+        if machines > 1:
+            problem = (
+                f"trains rows over {machines} machines, and these are started by torchrun or srun:"
+                " bnbench train trial.json"
+            )
+        elif gpus and devices > gpus:
+            problem = (
+                f"trains rows on {devices} GPUs of one machine, and there {'is' if gpus == 1 else 'are'}"
+                f" {gpus}; run it where there are more, or on processors with --gpus none"
+            )
+        else:
+            fit.append(job)
+            continue
+        line = f"study {job.study.name!r} ({job.preset}) {problem}"
+        if request.words:
+            raise BadInput(line)
+        console.print(f"[yellow]note:[/] left out: {line}", highlight=False)
+    return fit
+
+
+def _presets(request: Request, has_gpus: bool) -> list[str]:
     if request.preset == "auto":
-        has_gpus = bool(placement.choose_gpus(request.gpus, os.environ))
         return ["quick", "full"] if has_gpus else ["quick"]
     if request.preset not in ("quick", "full", "smoke"):
         raise BadInput(
@@ -237,29 +295,34 @@ def _work(
     suite: Mapping[str, Study],
     jobs: Sequence[Job],
     record: Record,
-    pool: LocalPool,
+    pool: LocalPool | RayPool,
     costs: Mapping[str, float],
-    width: int,
 ) -> int:
     uri = tracking_uri(request.tracking_uri, os.environ, request.runs)
-    publisher = None
+    storage = open_storage(request.storage, request.runs, [uri])
+    publisher, tracking = None, None
     if not request.offline:
         store = open_store(uri, request.runs)
         if store.notice:
             console.print(f"[yellow]note:[/] {store.notice}", highlight=False)
         publisher = Publisher(store, record.path, request.runs)
         publisher.start()
+        tracking = store.shown
+    mirror = Mirror(storage, record.path, [job.study_hash for job in jobs], tracking)
     rows = list({trial.key: trial for job in jobs for trial in job.rows}.values())
     budget = _budget(request, jobs)
     deadline = None if budget is None else time.monotonic() + budget
     try:
-        with Display(console, rows, costs, width, request.quiet) as display:
+        with Display(console, rows, costs, pool.width, request.quiet) as display:
 
             def on_asked(job: Job, wanted: list[Wanted]) -> None:
                 if publisher is not None:
-                    publisher.expect(
-                        Place(job.study_hash, w.cell, w.arm, w.replicate, w.role, w.trial) for w in wanted
-                    )
+                    publisher.expect(places(job.study_hash, wanted))
+
+            def on_told(job: Job, entries: list[Entry]) -> None:
+                mirror.tell(job.study_hash, entries)
+                if publisher is not None and any(e.role == "shortlist" for e in entries):
+                    publisher.notify(job.study_hash)  # The searches before it are whole.
 
             def on_cell(job: Job, cell: str, table: Table, verdicts: tuple[Verdict, ...]) -> None:
                 for verdict in verdicts:
@@ -278,10 +341,11 @@ def _work(
                 suite,
                 record,
                 pool,
-                width=width,
+                width=pool.width,
                 data=request.data,
                 observer=display,
                 on_asked=on_asked,
+                on_told=on_told,
                 on_cell=on_cell,
                 on_study=on_study,
                 cost_of=lambda trial: seconds_of(trial, costs),
@@ -299,11 +363,13 @@ def _work(
             for job in jobs:
                 publisher.notify(job.study_hash, files)
             publisher.close()
+        mirror.close()
     except BaseException:
         # Whoever interrupts is not kept waiting: workers first, and what is not published stays recorded.
         pool.shutdown()
         if publisher is not None:
             publisher.close(timeout=0.5)
+        mirror.close(timeout=0.5)
         raise
     console.print(claim_lines(report))
     new = f"{display.done} trained" if display.done else "nothing was trained"
@@ -311,8 +377,9 @@ def _work(
         f"{new}, {display.reused_rows} reused, {display.diverged} diverged, {display.failed} failed",
         highlight=False,
     )
-    if publisher is not None and publisher.problem:
-        console.print(f"[yellow]note:[/] {publisher.problem}", highlight=False)
+    for note in (*mirror.notes, publisher.problem if publisher is not None else ""):
+        if note:
+            console.print(f"[yellow]note:[/] {note}", highlight=False)
     for job in unfinished:
         console.print(
             f"[yellow]incomplete:[/] {job.study.name} ({job.preset}); the same command goes on",

@@ -43,6 +43,7 @@ class Checkpoint:
     def __init__(self, path: Path, every: float = EVERY, least: float = LEAST) -> None:
         self.path, self.every, self.least = path, every, least
         self.begun = self.saved = time.monotonic()
+        self.process = os.getpid()
         self.asked = False
 
     @classmethod
@@ -51,6 +52,8 @@ class Checkpoint:
         current = cls._current
         if current is None or time.monotonic() - current.begun < current.least:
             return False
+        if current.process != os.getpid():
+            return False  # it is the parent's, whose memory this process has a copy of
         current.asked = True
         return True
 
@@ -67,7 +70,7 @@ class Checkpoint:
 
     def restore(self, model: nn.Module, optimizer: FusedSGD) -> Progress:
         """Load what is there, and say how far it was; a broken file or one of another torch is ignored."""
-        mine = _tensors(model, optimizer)
+        mine = changing_tensors(model, optimizer)
         try:
             state = torch.load(self.path, weights_only=True, map_location="cpu")
             theirs = state["tensors"]
@@ -96,7 +99,7 @@ class Checkpoint:
     def _save(self, model: nn.Module, optimizer: FusedSGD, progress: Progress) -> None:
         state = {
             "torch": str(torch.__version__),
-            "tensors": _tensors(model, optimizer),
+            "tensors": changing_tensors(model, optimizer),
             "progress": dataclasses.asdict(progress),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +113,7 @@ class Checkpoint:
             file.unlink(missing_ok=True)
 
 
-def _tensors(model: nn.Module, optimizer: FusedSGD) -> list[torch.Tensor]:
+def changing_tensors(model: nn.Module, optimizer: FusedSGD) -> list[torch.Tensor]:
     """All that training changes: parameters, buffers and momentum."""
     momentum = [buffer for buffers in optimizer.buffers for buffer in buffers]
     return [*(p.detach() for p in model.parameters()), *model.buffers(), *momentum]

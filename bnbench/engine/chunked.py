@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbench.data import Arrays, augmentation, generator, seed_of, step_indices
+from bnbench.engine.distributed import Group
 from bnbench.lit import NormClassifier, learning_rate_factor, split_parameters
 from bnbench.norms.base import FollowsProgress
 from bnbench.registry import BadInput
@@ -122,11 +123,16 @@ class ChunkedClassifier(NormClassifier):
     parameter that the model leaves unused gets a gradient of zero. The Trainer's own clipping and
     accumulation are refused by Lightning, as always with manual optimization.
 
+    In a `group`, `batch_size` is that of each process: a step draws the global batch, every rank takes its
+    share, and all use the mean of the losses and gradients. Running averages are those of rank 0; ranks
+    beyond it draw dropout and augmentation for themselves. So with synchronized statistics, and without such
+    draws, a group trains as one process on the global batch.
+
     Raises BadInput, beside what :class:`NormClassifier` raises, for an unknown augmentation, a batch larger
     than the data, and `steps` that are not given.
     """
 
-    not_saved = ("train", "after_block")
+    not_saved = ("train", "after_block", "group")
 
     def __init__(
         self,
@@ -137,6 +143,7 @@ class ChunkedClassifier(NormClassifier):
         augment: str = "none",
         clip_norm: float | None = None,
         after_block: Callable[[int], None] = lambda step: None,
+        group: Group = Group(),  # noqa: B008 (it is frozen)
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -144,11 +151,18 @@ class ChunkedClassifier(NormClassifier):
             raise BadInput(
                 f"steps is {self.hparams['steps']!r}; give the number of training steps, 1 or more"
             )
+        if group.size > 1 and batch_size * group.size > len(train):
+            raise BadInput(
+                f"batch_size is {batch_size} on each of {group.size} devices, but there are {len(train)}"
+                f" training samples; use 1 to {len(train) // group.size}"
+            )
         step_indices(len(train), batch_size, 0, 0)
         self.automatic_optimization = False
         self.train_arrays = train
-        self.batch_size = batch_size
+        self.group = group
+        self.global_batch = batch_size * group.size
         self.training_seed = training_seed
+        self.own_seed = (*training_seed, "rank", group.rank) if group.rank else training_seed
         self.augment = augmentation(augment, tuple(train.x.shape[1:])) if augment != "none" else None
         self.clip_norm = clip_norm
         self.after_block = after_block
@@ -166,6 +180,7 @@ class ChunkedClassifier(NormClassifier):
             [(decayed, self.hparams["weight_decay"]), (free, 0.0)], self.hparams["momentum"]
         )
         self._ramped = [m for m in self.model.modules() if isinstance(m, FollowsProgress)]
+        self._averages = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         return self.optimizer_state
 
     def on_fit_start(self) -> None:
@@ -177,9 +192,9 @@ class ChunkedClassifier(NormClassifier):
         """Do the steps [start, stop) of a block."""
         start, stop = (int(edge) for edge in batch)
         x_all, y_all = self.train_arrays.x, self.train_arrays.y
-        indices = step_indices(len(y_all), self.batch_size, start, stop, *self.training_seed).to(x_all.device)
+        indices = step_indices(len(y_all), self.global_batch, start, stop, *self.training_seed)
         losses = []
-        for step, index in enumerate(indices, start):
+        for step, index in enumerate(self.group.share_of(indices, dim=1).to(x_all.device), start):
             losses.append(self._step(step, x_all.index_select(0, index), y_all.index_select(0, index)))
         count_steps(self.trainer, stop - start)
         self.last_losses = torch.stack(losses).tolist()
@@ -194,21 +209,23 @@ class ChunkedClassifier(NormClassifier):
         assert optimizer is not None
         h = self.hparams
         if self.augment is not None:
-            x = self.augment(x, generator(*self.training_seed, "augment", step))
-        _seed_device(x.device, seed_of(*self.training_seed, "dropout", step))
+            x = self.augment(x, generator(*self.own_seed, "augment", step))
+        _seed_device(x.device, seed_of(*self.own_seed, "dropout", step))
         for module in self._ramped:
             module.set_progress(step / h["steps"])
         # An autocast that spans a block may keep its copies of the weights, which a step makes out of date.
         torch.clear_autocast_cache()
         loss = self.loss(self.model(x), y)
+        gradients: Sequence[Tensor]
         gradients = torch.autograd.grad(loss, optimizer.parameters, materialize_grads=True)
+        loss, gradients = self.group.average(loss.detach(), gradients, self._averages)
         if self.clip_norm is not None:
             norm = torch.nn.utils.get_total_norm(gradients)
             scale = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
-            gradients = tuple(g * scale for g in gradients)
+            gradients = [g * scale for g in gradients]
         factor = learning_rate_factor(step, h["steps"], h["schedule"], h["warmup"])
         optimizer.step(gradients, h["lr"] * factor)
-        return loss.detach()
+        return loss
 
 
 def _seed_device(device: torch.device, seed: int) -> None:

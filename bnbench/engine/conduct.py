@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from bnbench.placement import device_here
 from bnbench.record import Record
 from bnbench.registry import BadInput
 from bnbench.study.programs import Program, Wanted
@@ -40,12 +41,12 @@ class _Running:
     got: dict[str, Result] = field(default_factory=dict)
 
 
-def train_row(device: str, values: Mapping[str, Any], data: str, runs: str) -> Result:
-    """Train one row in a worker; plain values cross the border."""
+def train_row(values: Mapping[str, Any], data: str, runs: str) -> Result:
+    """Train one row in a worker, on the devices that it was given; plain values cross the border."""
     from bnbench.engine.train import Place, train
     from bnbench.study.trial import trial_from
 
-    return train(trial_from(values), Place(Path(data), Path(runs), device))
+    return train(trial_from(values), Place(Path(data), Path(runs), device_here()))
 
 
 def conduct(
@@ -67,7 +68,8 @@ def conduct(
     earlier programs first. `asked` is told what a program asks for, `done` gets each finished program's
     lines of the table. `deadline` is a time of `time.monotonic()` after which no further row is started.
     """
-    runs = record.path.parent
+    # A worker may start elsewhere.
+    places = str(data.absolute()), str(record.path.parent.absolute())
     trials: dict[str, Trial] = {}
     waiting: dict[str, list[_Running]] = {}
     in_flight: dict[Future[Result], Trial] = {}
@@ -118,8 +120,9 @@ def conduct(
                 ask(state, state.got)
 
     def start(trial: Trial) -> None:
-        task: Callable[..., Result] = train_row  # the executor adds the device
-        in_flight[executor.submit(task, trial.as_dict(), str(data), str(runs))] = trial
+        task: Callable[..., Result] = train_row  # `devices` is for the executor
+        future = executor.submit(task, trial.as_dict(), *places, devices=trial.devices)
+        in_flight[future] = trial
 
     for state in list(unfinished.values()):
         ask(state, None)

@@ -24,8 +24,20 @@ def shape_of(trial: Trial) -> str:
     changes = {"lr": 0.1, "data_seed": 0, "seed": 0, "steps": 1, "score_on": "val", "curve_points": 0}
     changes |= {name: getattr(free, name) for name in ("momentum", "weight_decay", "warmup", "schedule")}
     changes |= {
-        name: getattr(free, name) for name in ("init", "init_scale", "label_noise", "label_smoothing")
+        name: getattr(free, name)
+        for name in (
+            "init",
+            "init_scale",
+            "label_noise",
+            "label_smoothing",
+            "decay_norm",
+            "order",
+            "dropout_at",
+        )
     }
+    # One dropout costs like another.
+    changes["dropout"] = 0.1 if trial.dropout else 0.0
+    changes["norm_options"] = {k: v for k, v in trial.norm_options.items() if k != "gamma_init"}
     return json.dumps(trial.replace(**changes).changed(), sort_keys=True)
 
 
@@ -68,11 +80,12 @@ def measure_costs(
         for shape, trial in shapes.items()
         if shape not in costs
     }
-    task: Callable[..., Result] = train_row  # the executor adds the device
+    task: Callable[..., Result] = train_row  # `devices` is for the executor
+    places = str(data.absolute()), str(runs.absolute())
     # Two rounds: the first one of each pays for loading the data and warming up.
     for _ in range(2):
         futures = {
-            shape: executor.submit(task, probe.as_dict(), str(data), str(runs))
+            shape: executor.submit(task, probe.as_dict(), *places, devices=probe.devices)
             for shape, probe in probes.items()
         }
         for shape, future in futures.items():

@@ -30,6 +30,18 @@ def git_state() -> tuple[str, bool]:
     return (commit.stdout.strip(), bool(changes.stdout.strip())) if commit.returncode == 0 else ("", False)
 
 
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return platform.machine()
+    # A process that only watches others must not start CUDA to learn a name.
+    return torch.cuda.get_device_name() if cuda_has_started() else device
+
+
+def cuda_has_started() -> bool:
+    """Whether this process computes on a GPU already; asking starts nothing."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def provenance(device: str, started: float) -> dict[str, Any]:
     """What goes beside a result and is never compared; `started` in seconds since 1970."""
     commit, dirty = git_state()
@@ -38,7 +50,7 @@ def provenance(device: str, started: float) -> dict[str, Any]:
         "finished": time.time(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "bnbench": __version__,
         "git": commit,

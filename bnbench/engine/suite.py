@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bnbench.engine.conduct import Observer, conduct
@@ -16,7 +17,7 @@ from bnbench.engine.train import check_trial, module_arguments
 from bnbench.record import Record
 from bnbench.registry import BadInput
 from bnbench.study.claims import Verdict, adjust, family_sizes, judge, to_json
-from bnbench.study.programs import Wanted, planned_rows, programs_of
+from bnbench.study.programs import Program, Results, Wanted, planned_rows, programs_of
 from bnbench.study.space import most_levels, stand_in
 from bnbench.study.spec import Study
 from bnbench.study.table import Entry, Table
@@ -73,6 +74,7 @@ def run_jobs(
     data: Path,
     observer: Observer,
     on_asked: Callable[[Job, list[Wanted]], None],
+    on_told: Callable[[Job, list[Entry]], None],
     on_cell: Callable[[Job, str, Table, tuple[Verdict, ...]], None],
     on_study: Callable[[Job, Table, tuple[Verdict, ...]], None],
     cost_of: Callable[[Trial], float],
@@ -83,8 +85,9 @@ def run_jobs(
     Cells come by their cost (`cost_of`, the seconds of a row), those of a later preset after all of an
     earlier one: so verdicts come one by one, the cheapest first, and cells of two studies that share rows
     follow each other. A definition is registered before its first trial. `on_asked` is told which rows a
-    program needs, `on_cell` gets the study's table and the verdicts of a cell whose last program has ended,
-    `on_study` the table and all verdicts of a study whose last cell has.
+    program needs, `on_told` gets the lines of each such request when the program does, `on_cell` the study's
+    table and the verdicts of a cell whose last program has ended, `on_study` the table and all verdicts of a
+    study whose last cell has.
     """
     left: Counter[tuple[str, str]] = Counter()
     programs = []
@@ -92,7 +95,7 @@ def run_jobs(
     for study_hash, job in by_hash.items():
         record.register(study_hash, job.study.definition(job.preset))
         for cell, program in programs_of(job.study, job.preset, draw):
-            programs.append(((study_hash, cell), program))
+            programs.append(((study_hash, cell), overheard(program, partial(on_told, job))))
             left[study_hash, cell] += 1
     presets = list(dict.fromkeys(job.preset for job in jobs))
 
@@ -134,6 +137,19 @@ def run_jobs(
         deadline=deadline,
     )
     return [by_hash[study_hash] for study_hash in dict.fromkeys(study_hash for study_hash, _ in cut_off)]
+
+
+def overheard(program: Program, told: Callable[[list[Entry]], None]) -> Program:
+    """The same program; `told` gets the lines of each request as soon as the program does."""
+    results: Results | None = None
+    while True:
+        try:
+            wanted = next(program) if results is None else program.send(results)
+        except StopIteration as stop:
+            entries: list[Entry] = stop.value
+            return entries
+        results = yield wanted
+        told([row.measured(results) for row in wanted])
 
 
 def keep_best_weights(runs: Path, job: Job, table: Table) -> None:

@@ -6,29 +6,35 @@ import contextlib
 import dataclasses
 import functools
 import json
-import logging
 import math
 import os
 import sys
 import time
 import traceback
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+import torch.distributed as dist
 from torch import Tensor
 
 from bnbench.data import Arrays, Split, augmentation, load_split, load_test, seed_of, shape_of
 from bnbench.data.batches import eval_batches
-from bnbench.engine.checkpoint import EVERY, LEAST, Checkpoint, Progress
+from bnbench.engine.checkpoint import EVERY, LEAST, Checkpoint, Progress, changing_tensors
 from bnbench.engine.chunked import Blocks, ChunkedClassifier
+from bnbench.engine.distributed import (
+    TIMEOUT,
+    check_started,
+    cluster_environment,
+    join_group,
+    launcher,
+    quiet_lightning,
+    trainer_for,
+)
 from bnbench.engine.evaluate import calibration_error, finite_or_worst, logits_of, scores, worst_scores
 from bnbench.engine.provenance import provenance
+from bnbench.engine.ranks import RankFailed, run_ranks
 from bnbench.lit import check_model
 from bnbench.norms import normalization_batch_size
 from bnbench.norms.recalibrate import precise_statistics
@@ -75,15 +81,22 @@ def _check_shape(text: str) -> None:
     arguments = module_arguments(trial)
     check_model(arguments.pop("model"), arguments.pop("norm"), **arguments)
     augmentation(trial.augment, tuple(arguments["in_shape"]))
-    normalization_batch_size(trial.norm, trial.batch_size, **trial.norm_options)
+    normalized_together(trial)
+
+
+def normalized_together(trial: Trial) -> int | None:
+    """How many samples share one set of statistics in training; None without batch statistics."""
+    size = trial.global_batch if trial.norm == "sync_batch" else trial.batch_size
+    return normalization_batch_size(trial.norm, size, **trial.norm_options)
 
 
 def check_trial(trial: Trial) -> None:
     """Raise BadInput where a row cannot train: unknown names, groups that do not divide, and the like."""
-    if trial.devices * trial.num_nodes != 1:
-        asked = f"{trial.num_nodes} x {trial.devices}"
+    if trial.num_nodes > 1 and launcher() is None:
         raise BadInput(
-            f"a row trains on one device, not on {asked}; several devices train several rows at once"
+            f"num_nodes is {trial.num_nodes}: start the row on all nodes at once, by torchrun (--nnodes"
+            f" {trial.num_nodes} --nproc-per-node {trial.devices} -m bnbench.cli train trial.json) or by srun"
+            f" (--nodes {trial.num_nodes} --ntasks-per-node {trial.devices} bnbench train trial.json)"
         )
     shape = trial.replace(lr=0.1, data_seed=0, seed=0, score_on="val", curve_points=0)
     _check_shape(json.dumps(shape.changed(), sort_keys=True))
@@ -111,25 +124,41 @@ def _first(arrays: Arrays, count: int) -> Arrays:
     return Arrays(arrays.x[:count], arrays.y[:count])
 
 
-def train(trial: Trial, place: Place, *, save_every: float = EVERY, save_least: float = LEAST) -> Result:
+def train(
+    trial: Trial,
+    place: Place,
+    *,
+    save_every: float = EVERY,
+    save_least: float = LEAST,
+    timeout: float = TIMEOUT,
+) -> Result:
     """Train a row and measure it.
 
     A non-finite loss, or a final training loss above the initial one, makes the result "diverged", with the
     scores that such a run is given. An error in the row's own code makes it "failed", with the traceback.
     A training that takes longer is saved every `save_every` seconds, and when it is stopped after
     `save_least` seconds.
+
+    A row of several devices trains in as many processes, which are started here, unless torchrun or srun has
+    started this one as one of them. Where one of these dies, or waits `timeout` seconds for another, the
+    result is "failed" and names it.
     Raises BadInput where the row cannot be trained here at all (its data is missing, say).
     """
+    if trial.world_size > 1 and launcher() is None and not dist.is_initialized():
+        return _train_in_ranks(trial, place, save_every, save_least, timeout)
+    check_started(trial)
     started = time.time()
     clock = time.perf_counter()
     if place.device == "cuda":
+        if trial.world_size > 1:
+            torch.cuda.set_device(cluster_environment().local_rank())
         torch.cuda.reset_peak_memory_stats()
     status: Status
     metrics: dict[str, float] = {}
     curve: dict[str, tuple[float, ...]] = {}
     run = None
     try:
-        run = _Run(trial, place, save_every, save_least, LiveLog(place.runs, trial.key, started))
+        run = _Run(trial, place, save_every, save_least, timeout, started)
         metrics, curve, status, reason = run.measure()
     except Exception as error:
         if run is None and isinstance(error, BadInput):
@@ -137,7 +166,45 @@ def train(trial: Trial, place: Place, *, save_every: float = EVERY, save_least: 
         status, reason = "failed", traceback.format_exc()
     metrics["time/total_s"] = time.perf_counter() - clock
     metrics["memory/peak_mib"] = _peak_memory(place.device)
-    return Result(status, metrics, curve, reason, provenance(place.device, started))
+    return Result(status, metrics, curve, reason, _where(trial, place, started))
+
+
+def _train_in_ranks(
+    trial: Trial, place: Place, save_every: float, save_least: float, timeout: float
+) -> Result:
+    """Train a row in processes of its own; the result is rank 0's, and its time that of all this."""
+    check_trial(trial)
+    started = time.time()
+    clock = time.perf_counter()
+    arguments = {"save_every": save_every, "save_least": save_least, "timeout": timeout}
+    # Here it only hears that this process is to end, and is asked whether rank 0 has anything to save.
+    checkpoint = _checkpoint(trial, place, save_every, save_least)
+    with checkpoint.during():
+        try:
+            result = run_ranks(
+                train,
+                {"trial": trial, "place": place, **arguments},
+                trial.devices,
+                device=place.device,
+                timeout=timeout,
+                failure=lambda answer: answer.reason if answer.status == "failed" else "",
+                asked=lambda: checkpoint.asked,
+            )
+        except RankFailed as failed:
+            result = Result("failed", reason=str(failed), provenance=_where(trial, place, started))
+    return dataclasses.replace(
+        result, metrics={**result.metrics, "time/total_s": time.perf_counter() - clock}
+    )
+
+
+def _where(trial: Trial, place: Place, started: float) -> dict[str, Any]:
+    """The provenance of a result, with the sizes of the group."""
+    sizes = {"world_size": trial.world_size, "global_batch": trial.global_batch}
+    return {**provenance(place.device, started), **sizes, "nbs": normalized_together(trial)}
+
+
+def _checkpoint(trial: Trial, place: Place, every: float, least: float) -> Checkpoint:
+    return Checkpoint(place.runs / "checkpoints" / f"{trial.key}.pt", every, least)
 
 
 def _peak_memory(device: str) -> float:
@@ -152,10 +219,17 @@ def _peak_memory(device: str) -> float:
 class _Run:
     """One training in progress: the module, its data, and what has been measured so far."""
 
-    def __init__(self, trial: Trial, place: Place, every: float, least: float, live: LiveLog) -> None:
+    def __init__(
+        self, trial: Trial, place: Place, every: float, least: float, timeout: float, started: float
+    ) -> None:
         check_trial(trial)
-        self.trial, self.place, self.live = trial, place, live
-        self.checkpoint = Checkpoint(place.runs / "checkpoints" / f"{trial.key}.pt", every, least)
+        self.trial, self.place = trial, place
+        self.trainer = trainer_for(trial, place.device, timeout)
+        self.group = join_group(self.trainer, trial)
+        #: All ranks compute the same; one of them writes.
+        self.writes = self.group.rank == 0
+        self.live = LiveLog(place.runs, trial.key, started)
+        self.checkpoint = _checkpoint(trial, place, every if self.writes else math.inf, least)
         options = json.dumps(dict(trial.data_options), sort_keys=True)
         self.split = _split(
             trial.data, trial.data_seed, trial.n_train, trial.label_noise, options, place.data, place.device
@@ -167,6 +241,7 @@ class _Run:
             augment=trial.augment,
             clip_norm=trial.clip_norm,
             after_block=self.after_block,
+            group=self.group,
             **module_arguments(trial),
         )
         if trial.precision == "64-true":
@@ -185,20 +260,26 @@ class _Run:
 
     def precise(self) -> contextlib.AbstractContextManager[Any]:
         """Population statistics from 512 training samples, put back afterwards."""
-        size = self.trial.batch_size
+        size = self.trial.global_batch
         full = max(RECALIBRATION_SAMPLES, size) // size * size
         sample = self.arrays(_first(self.split.train, full))
-        return precise_statistics(self.model, eval_batches(_first(sample, len(sample) // size * size), size))
+        batches = eval_batches(_first(sample, len(sample) // size * size), size)
+        return precise_statistics(self.model, (self.group.share_of(x) for x, _ in batches))
 
     def fit(self) -> None:
-        self.progress = self.checkpoint.restore(self.model, self.optimizer)
+        self.group.check_equal([*self.model.parameters(), *self.model.buffers()], "initial weights")
+        if self.writes:
+            self.progress = self.checkpoint.restore(self.model, self.optimizer)
+        self.progress = self.group.tell(self.progress)
+        if self.progress.step:
+            self.group.follow_first(changing_tensors(self.model, self.optimizer))
         for at in range(len(self.progress.curve.get("step", ()))):
             self.show(at)
         blocks = Blocks(self.progress.step, self.trial.steps, self.cuts, lambda: self.module.diverged)
         self.clock = time.perf_counter()
         devices = [torch.cuda.current_device()] if self.place.device == "cuda" else []
-        with _quiet_lightning(), torch.random.fork_rng(devices), self.checkpoint.during():
-            _trainer(self.trial, self.place).fit(self.module, train_dataloaders=blocks)
+        with quiet_lightning(), torch.random.fork_rng(devices), self.checkpoint.during():
+            self.trainer.fit(self.module, train_dataloaders=blocks)
         self.module.to(self.place.device)
 
     def after_block(self, step: int) -> None:
@@ -225,7 +306,8 @@ class _Run:
     def show(self, at: int) -> None:
         """Tell a point of the curve to whoever watches."""
         point = {name: series[at] for name, series in self.progress.curve.items()}
-        self.live.write(int(point.pop("step")), point)
+        if self.writes:
+            self.live.write(int(point.pop("step")), point)
 
     def finite(self, values: dict[str, float]) -> dict[str, float]:
         return finite_or_worst(values, self.split.num_classes, self.progress.last_loss)
@@ -266,7 +348,7 @@ class _Run:
                 metrics |= self.final_scores(part, arrays, precise[part])
         if trial.score_on == "test":
             metrics["test/gap"] = metrics["test/loss_precise"] - metrics["train/loss"]
-            if not reason:
+            if self.writes and not reason:
                 self.keep_weights()
         self.checkpoint.remove()
         curve = {name: tuple(series) for name, series in self.progress.curve.items()}
@@ -310,32 +392,3 @@ class _Run:
         state = self.model.state_dict()
         save_file({name: v.clone(memory_format=torch.contiguous_format) for name, v in state.items()}, half)
         half.replace(folder / f"{self.trial.key}.safetensors")
-
-
-def _trainer(trial: Trial, place: Place) -> L.Trainer:
-    return L.Trainer(
-        accelerator="gpu" if place.device == "cuda" else "cpu",
-        devices=1,
-        precision="bf16-mixed" if trial.precision == "bf16-mixed" else None,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        # Without it Lightning looks for a cluster and installs its requeue handler under SLURM.
-        plugins=[LightningEnvironment()],
-    )
-
-
-@contextlib.contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from bnbench.norms.base import BatchStatistics, norm, per_channel, widen
 
@@ -36,8 +37,17 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        # Of a gradient that is not derived again, the function's own bookkeeping costs as much as the sum.
+        return SumOverProcesses.forward(values)
     total: Tensor = SumOverProcesses.apply(values)  # type: ignore[no-untyped-call]
     return total
+
+
+def tell_all(values: Tensor) -> Tensor:
+    """What every process says (n), as the rows of a table (processes × n)."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return sum_over_processes(F.pad(values[None], (0, 0, rank, size - 1 - rank)))
 
 
 @norm(
@@ -51,11 +61,11 @@ def sum_over_processes(values: Tensor) -> Tensor:
 class SyncBatchNorm(BatchStatistics):
     """Batch normalization over the batches of all processes of the default group, on any back end.
 
-    y = γ (x − μ) / √(σ² + eps) + β, with μ = Σx / n and σ² = Σ(x − μ)² / n, the sums and the number of
-    values n taken over all processes, so that uneven shares weigh what they hold, and an empty one nothing.
-    Two passes, since Σx² − (Σx)² / n cancels where the mean is large. Gradients are those of one process
-    on the joined batch, for a loss that is the sum of the processes' losses. Without a process group, or
-    in a group of one, it is batch normalization.
+    y = γ (x − μ) / √(σ² + eps) + β. A process p tells the number n of its values, their mean m and their
+    variance v, in one message; μ = Σ n m / Σ n and σ² = Σ n (v + (m − μ)²) / Σ n, so that uneven shares weigh
+    what they hold, an empty one nothing, and nothing cancels where the mean is large. Gradients are those of
+    one process on the joined batch, for a loss that is the sum of the processes' losses. Without a process
+    group, or in a group of one, it is batch normalization.
     Source: Peng et al. 2018 (MegDet), cross-GPU batch normalization.
     """
 
@@ -77,13 +87,21 @@ class SyncBatchNorm(BatchStatistics):
             return self.normalize_by_batch(x)
         dims = [0, *range(2, x.ndim)]
         wide = widen(x)
-        count = wide.new_full((1,), x.numel() // self.num_features)
-        sums = sum_over_processes(torch.cat([wide.sum(dims), count]))
-        mean, total = sums[:-1] / sums[-1], sums[-1].detach()
-        centred = wide - per_channel(mean, x)
-        var = sum_over_processes(centred.square().sum(dims)) / total
-        y = centred * per_channel((var + self.eps).rsqrt(), x)
+        count = x.numel() // self.num_features
+        # An empty share has no mean; its zeros weigh nothing, and keep it in the exchange of gradients too.
+        var, mean = torch.var_mean(wide, dims, correction=0) if count else (wide.sum(dims), wide.sum(dims))
+        told = tell_all(torch.cat([mean, var, wide.new_full((1,), count)]))
+        means, variances, counts = torch.split(told, [self.num_features, self.num_features, 1], 1)
+        total = counts.sum()
+        weights = counts / total
+        # No matrix product, which autocast would do in bfloat16.
+        mean = (weights * means).sum(0)
+        var = (weights * (variances + (means - mean).square())).sum(0)
+        scale = (var + self.eps).rsqrt()
+        y = wide - per_channel(mean, x)
         if self.weight is not None and self.bias is not None:
-            y = y * per_channel(self.weight, x) + per_channel(self.bias, x)
+            y = torch.addcmul(per_channel(self.bias, x), y, per_channel(self.weight * scale, x))
+        else:
+            y = y * per_channel(scale, x)
         self.update_averages(mean, var * (total / (total - 1).clamp_min(1)))
         return y.to(x.dtype)

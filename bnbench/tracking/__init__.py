@@ -1,7 +1,7 @@
 """Publishing the record to MLflow; the only package that imports mlflow, and only when a store is opened."""
 
 from bnbench.tracking.address import mask, tracking_uri
-from bnbench.tracking.live import LiveLog, Place
+from bnbench.tracking.live import LiveLog, Place, places
 from bnbench.tracking.publish import Counts, publish
 from bnbench.tracking.publisher import Publisher
 from bnbench.tracking.runs import trial_of_run
@@ -16,6 +16,7 @@ __all__ = [
     "Store",
     "mask",
     "open_store",
+    "places",
     "publish",
     "serve_ui",
     "tracking_uri",

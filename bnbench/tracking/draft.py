@@ -7,11 +7,14 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bnbench.registry import BadInput
 from bnbench.study.estimands import steps_to_target
+from bnbench.study.programs import TUNING_SEEDS
+from bnbench.study.space import Space, recall
 from bnbench.study.table import Entry
 from bnbench.study.trial import Trial
 from bnbench.tracking.live import Live, Place
@@ -59,6 +62,15 @@ class Definition:
         """The experiment of its searches."""
         return f"{self.experiment}/tuning"
 
+    @cached_property
+    def spaces(self) -> dict[tuple[str, str], Space]:
+        """What is searched, by cell and arm; those that are not here are tuned over the grid."""
+        return {
+            (cell, arm): recall(space)
+            for cell, arms in self.values.get("spaces", {}).items()
+            for arm, space in arms.items()
+        }
+
     @property
     def command(self) -> str:
         """What trains the study again."""
@@ -91,20 +103,39 @@ class Draft:
     status: str = "FINISHED"
 
 
-def place_name(place: Place | Entry) -> str:
-    """The name of the run of a training or a grid: `cnn-mnist1d-batch-s3`."""
-    name = f"{place.cell.replace(' · ', '-')}-{place.arm}-s{place.replicate}"
+def place_name(definition: Definition, place: Place | Entry, number: int = 0) -> str:
+    """The name of the run of a training or a grid: `cnn-mnist1d-batch-s3`, or `…-search1-t7`."""
+    if is_point(definition, place):
+        name = f"{search_title(place.cell, place.arm, place.role, place.replicate)}-t{number}"
+        return f"{name}-data{_turn(place.replicate)}" if place.role == "shortlist" else name
+    name = f"{_stem(place.cell, place.arm)}-s{place.replicate}"
     return f"{name}-common" if place.role == "common" else name
 
 
-def trial_params(trial: Trial, leave_out: Iterable[str] = ()) -> dict[str, str]:
-    """A row as MLflow parameters: the standard ones, those that differ from their defaults, and `nbs`.
+def search_title(cell: str, arm: str, role: str, replicate: int) -> str:
+    """The name of the run of a search, or of the comparison of the best points of an arm's searches."""
+    return f"{_stem(cell, arm)}-{'shortlist' if role == 'shortlist' else f'search{_turn(replicate)}'}"
 
-    `nbs` is the normalization batch size: how many samples share one set of statistics. A value that is
-    too long for MLflow is in the run's files, and says so.
+
+def _stem(cell: str, arm: str) -> str:
+    return f"{cell.replace(' · ', '-')}-{arm}"
+
+
+def _turn(replicate: int) -> str:
+    """Which of the repeated searches, from 1; `-s3` for the search of replicate 3."""
+    return f"-s{replicate}" if replicate < TUNING_SEEDS else str(replicate - TUNING_SEEDS + 1)
+
+
+def trial_params(trial: Trial, leave_out: Iterable[str] = ()) -> dict[str, str]:
+    """A row as MLflow parameters: the standard ones, those that differ from their defaults, and two sizes.
+
+    `global_batch` is the samples of an optimizer step on all devices together. `nbs` is the normalization
+    batch size: how many samples share one set of statistics. A value that is too long for MLflow is in the
+    run's files, and says so.
     """
     names = set(PARAMS).union(trial.changed()).difference(leave_out)
     values = {name: value for name, value in trial.as_dict().items() if name in names}
+    values["global_batch"] = trial.global_batch
     nbs = _normalization_batch_size(trial)
     if nbs is not None:
         values["nbs"] = nbs
@@ -114,8 +145,11 @@ def trial_params(trial: Trial, leave_out: Iterable[str] = ()) -> dict[str, str]:
     }
 
 
-def training_draft(definition: Definition, entry: Entry) -> Draft:
-    """The run of one confirmed training, with its whole row in trial.json and all results in result.json."""
+def training_draft(definition: Definition, entry: Entry, number: int = 0) -> Draft:
+    """The run of one training, with its whole row in trial.json and all results in result.json.
+
+    `number` is the place of a point in its search.
+    """
     start, end = span(entry)
     result, provenance = entry.result, entry.result.provenance
     # A point of the curve comes before the final metric of the same step, which MLflow shows as the latest.
@@ -127,7 +161,9 @@ def training_draft(definition: Definition, entry: Entry) -> Draft:
     ]
     metrics = {**result.metrics, **_steps_to_target(definition, entry)}
     points += [Point(k, metrics[k], end, entry.trial.steps) for k in METRICS if k in metrics]
-    tags = {**_place_tags(definition, entry, "training"), "bnbench.status": result.status}
+    tags = {**place_tags(definition, entry, "training"), "bnbench.status": result.status}
+    if is_point(definition, entry):
+        tags["bnbench.trial"] = str(number)
     for name in ("git", "dirty", "world_size"):
         if name in provenance:
             tags[f"bnbench.{name}"] = str(provenance[name])
@@ -146,7 +182,7 @@ def training_draft(definition: Definition, entry: Entry) -> Draft:
     if result.status == "failed":
         files["traceback.txt"] = str(provenance.get("traceback", result.reason))
     return Draft(
-        name=place_name(entry),
+        name=place_name(definition, entry, number),
         tags=tags,
         start=start,
         end=end,
@@ -166,43 +202,6 @@ def _steps_to_target(definition: Definition, entry: Entry) -> dict[str, float]:
     return {} if steps is None else {"steps_to_target": steps}
 
 
-def grid_draft(definition: Definition, entries: Sequence[Entry], chosen: Entry | None) -> Draft:
-    """The run of a search or a sweep: metrics over the grid, the step being the place in it."""
-    start, end = span(*entries)
-    grid = sorted(entries, key=lambda e: (e.trial.lr, e.trial.key))
-    rates = sorted({*definition.values["lr"], *(e.trial.lr for e in grid)})
-    points, rows = [], []
-    for entry in grid:
-        result, place, when = entry.result, rates.index(entry.trial.lr), span(entry)[1]
-        points.append(Point("lr", entry.trial.lr, when, place))
-        points += [Point(key, result.metrics[key], when, place) for key in CURVES if key in result.metrics]
-        row = {"lr": entry.trial.lr, "status": result.status, **result.metrics, "reason": result.reason}
-        rows.append(
-            {**row, **{k: _cell(v) for k, v in entry.trial.changed().items()}, "key": entry.trial.key}
-        )
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = {"columns": columns, "data": [[_cell(row.get(name)) for name in columns] for row in rows]}
-    note = (
-        f"{len(grid)} learning rates, {grid[0].trial.lr:g} to {grid[-1].trial.lr:g}; step = place in the grid"
-    )
-    for status in ("diverged", "failed"):
-        if count := sum(e.result.status == status for e in grid):
-            note += f"; {count} {status}"
-    params = trial_params(grid[0].trial, leave_out=("lr",))
-    if chosen is not None:
-        params["lr"] = str(chosen.trial.lr)
-        note += f"; chosen: {chosen.trial.lr:g}"
-    tags = {
-        **_place_tags(definition, grid[0], "grid"),
-        "bnbench.status": "failed" if any(e.result.status == "failed" for e in grid) else "done",
-        "mlflow.note.content": note,
-        # Makes MLflow's page show the file as a table.
-        "mlflow.loggedArtifacts": json.dumps([{"path": "trainings.json", "type": "table"}]),
-    }
-    files = {"trainings.json": json.dumps(table)}
-    return Draft(place_name(grid[0]), tags, start, end, params, finite(points), files)
-
-
 def arm_draft(definition: Definition, entries: Sequence[Entry], decided: str) -> Draft:
     """The run of an arm in a cell: mean over replicates with its 95 % interval (Student's t), step = n.
 
@@ -216,7 +215,7 @@ def arm_draft(definition: Definition, entries: Sequence[Entry], decided: str) ->
     if not judged:
         grids: dict[int, list[Entry]] = {}
         for e in whole:
-            if is_grid(e) and "val/acc" in e.result.metrics:
+            if is_grid(definition, e) and "val/acc" in e.result.metrics:
                 grids.setdefault(e.replicate, []).append(e)
         judged, split = [max(grid, key=lambda e: e["val/acc"]) for grid in grids.values()], "val"
     diverged = sum(e.result.status == "diverged" for e in judged)
@@ -232,7 +231,7 @@ def arm_draft(definition: Definition, entries: Sequence[Entry], decided: str) ->
     declared = Trial(**definition.values["cells"][cell]["arms"][arm])
     own = {"lr", "seed", "data_seed"}
     own.update(k for k, v in declared.as_dict().items() if any(getattr(e.trial, k) != v for e in entries))
-    tags = {**_place_tags(definition, entries[0], "arm"), "bnbench.status": "done"}
+    tags = {**place_tags(definition, entries[0], "arm"), "bnbench.status": "done"}
     if decided:
         tags["bnbench.verdict"] = decided[:LONGEST_TAG]
     points = [Point(key, value, end, len(judged)) for key, value in values.items()]
@@ -243,11 +242,12 @@ def arm_draft(definition: Definition, entries: Sequence[Entry], decided: str) ->
 
 def live_draft(definition: Definition, place: Place, live: Live) -> Draft:
     """The run of something that is being trained, before there is a result."""
-    level = "grid" if is_grid(place) else "training"
-    tags = {**_place_tags(definition, place, level), "bnbench.status": "running"}
-    params = trial_params(place.trial, leave_out=("lr",) if is_grid(place) else ())
+    in_grid = is_grid(definition, place)
+    tags = {**place_tags(definition, place, "grid" if in_grid else "training"), "bnbench.status": "running"}
+    params = trial_params(place.trial, leave_out=("lr",) if in_grid else ())
     start = round(live.started * 1000)
-    return Draft(place_name(place), tags, start, start, params, status="RUNNING")
+    name = place_name(definition, place, place.number)
+    return Draft(name, tags, start, start, params, status="RUNNING")
 
 
 def live_points(live: Live, after: int) -> tuple[Point, ...]:
@@ -270,18 +270,24 @@ def live_note(running: Sequence[tuple[Place, Live]]) -> str:
     return "\n\n".join(lines)[:LONGEST_TAG]
 
 
-def is_grid(place: Place | Entry) -> bool:
+def is_grid(definition: Definition, place: Place | Entry) -> bool:
     """Whether a training is shown as a point of its grid's run rather than as a run."""
-    return place.role in ("tune", "sweep")
+    return place.role in ("tune", "sweep") and not is_point(definition, place)
 
 
-def _place_tags(definition: Definition, place: Place | Entry, level: str) -> dict[str, str]:
+def is_point(definition: Definition, place: Place | Entry) -> bool:
+    """Whether a training is a point of a search, shown as a run below that of the search."""
+    tuned = place.role == "tune" and (place.cell, place.arm) in definition.spaces
+    return tuned or place.role == "shortlist"
+
+
+def place_tags(definition: Definition, place: Place | Entry, level: str) -> dict[str, str]:
     tags = {
         **study_tags(definition, level),
         "bnbench.cell": place.cell,
         "bnbench.arm": place.arm,
         "bnbench.backend": place.trial.backend,
-        "bnbench.world_size": str(place.trial.devices * place.trial.num_nodes),
+        "bnbench.world_size": str(place.trial.world_size),
     }
     if level != "arm":
         tags |= {"bnbench.role": place.role, "bnbench.replicate": str(place.replicate)}
@@ -326,7 +332,7 @@ def _normalization_batch_size(trial: Trial) -> int | None:
     # Brings torch.
     from bnbench.norms import normalization_batch_size
 
-    size = trial.batch_size * (trial.devices * trial.num_nodes if trial.norm == "sync_batch" else 1)
+    size = trial.global_batch if trial.norm == "sync_batch" else trial.batch_size
     try:
         return normalization_batch_size(trial.norm, size, **trial.norm_options)
     except BadInput:
@@ -340,10 +346,3 @@ def finite(points: Iterable[Point]) -> tuple[Point, ...]:
 
 def as_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-
-
-def _cell(value: Any) -> Any:
-    """A value as a table of plain JSON can hold it."""
-    if isinstance(value, dict):
-        return json.dumps(value)
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from bnbench.study.programs import Wanted
 from bnbench.study.table import Role
 from bnbench.study.trial import Trial
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a study the result of a row will stand."""
+    """Where in a study the result of a row will stand; `number` is its turn among those of its role."""
 
     study_hash: str
     cell: str
@@ -23,6 +26,18 @@ class Place:
     replicate: int
     role: Role
     trial: Trial
+    number: int = 0
+
+
+def places(study_hash: str, wanted: Iterable[Wanted]) -> list[Place]:
+    """The places of the rows of one request, which is whole."""
+    turns: Counter[tuple[Any, ...]] = Counter()
+    found = []
+    for row in wanted:
+        place = (row.cell, row.arm, row.replicate, row.role)
+        found.append(Place(study_hash, *place, row.trial, turns[place]))
+        turns[place] += 1
+    return found
 
 
 @dataclass(frozen=True)

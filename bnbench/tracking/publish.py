@@ -12,7 +12,16 @@ from shutil import copy2, copytree
 from types import MappingProxyType
 
 from bnbench.record import Record
-from bnbench.tracking.draft import Definition, Draft, Point, is_grid, live_draft, live_note, live_points
+from bnbench.tracking.draft import (
+    Definition,
+    Draft,
+    Point,
+    is_grid,
+    live_draft,
+    live_note,
+    live_points,
+    search_title,
+)
 from bnbench.tracking.layout import Item, item_home, item_name, items
 from bnbench.tracking.live import Live, Place
 from bnbench.tracking.store import Store, one_line
@@ -74,10 +83,12 @@ class Session:
 
     def _definition(self, study_hash: str) -> Definition:
         if study_hash not in self._definitions:
-            for name, preset in {(name, preset) for _, name, preset in self._record.studies()}:
-                for found, registered, values in self._record.registered(name, preset):
-                    self._definitions[found] = Definition(found, registered, values)
+            self._definitions = definitions(self._record)
         return self._definitions[study_hash]
+
+    def shown_as(self, place: Place) -> str:
+        """The lasting name of the run that shows a training."""
+        return item_name(self._definition(place.study_hash), place)
 
     def publish(
         self,
@@ -127,13 +138,14 @@ class Session:
         self._look(definition)
         place, live = running[0]
         name = item_name(definition, place)
-        attempt = None if is_grid(place) else repr(live.started)
+        in_grid = is_grid(definition, place)
+        attempt = None if in_grid else repr(live.started)
         run, last = self._continued(name, attempt)
         if run is None:
             draft = live_draft(definition, place, live)
             run = self._create(definition, name, *item_home(definition, place), draft)
             self._log(run, (), draft.params)
-        if is_grid(place):
+        if in_grid:
             note = live_note(running)
             if self._marks.get(name) != f"running {note}":
                 self._client.set_tag(run, "mlflow.note.content", note)
@@ -207,7 +219,7 @@ class Session:
             return self._experiments[name]
         found = self._client.get_experiment_by_name(name)
         if found is None:
-            about = "Searches for learning rates, a run each: " if name == definition.tuning else ""
+            about = "How the arms were tuned: " if name == definition.tuning else ""
             tags = {
                 "mlflow.note.content": f"{about}{definition.values['question']}",
                 # Keeps MLflow's page from guessing whether this is about language models.
@@ -245,10 +257,13 @@ class Session:
             return run, -1
         if mark.startswith("running "):
             _, started, last = mark.split(" ")
-            if started == attempt:
+            if started in (attempt, "any"):
                 return run, int(last)
             self._kill(run)
         else:
+            for child in [item for item in self._runs if item.startswith(f"{name}/")]:
+                self._client.delete_run(self._runs[child])
+                self._forget(child)
             self._client.delete_run(run)
         self._forget(name)
         return None, -1
@@ -258,7 +273,8 @@ class Session:
     ) -> str:
         tags = {**draft.tags, "bnbench.item": name, "bnbench.record": self._record_id}
         if parent is not None:
-            tags["mlflow.parentRunId"] = self._runs.get(parent) or self._reserve(definition, parent, draft)
+            there = self._runs.get(parent)
+            tags["mlflow.parentRunId"] = there or self._reserve(definition, parent, experiment, draft)
         made = self._client.create_run(
             self._experiment(definition, experiment), draft.start or None, tags, draft.name
         )
@@ -268,14 +284,22 @@ class Session:
             self._note(name, "running None -1")
         return run
 
-    def _reserve(self, definition: Definition, parent: str, child: Draft) -> str:
-        """Make the run of an arm before it has results, so that what is running can be shown below it."""
-        own = ("bnbench.role", "bnbench.replicate", "bnbench.key", "mlflow.note.content")
+    def _reserve(self, definition: Definition, parent: str, experiment: str, child: Draft) -> str:
+        """Make the run of an arm or a search before it is whole, so that what runs is shown below it."""
+        cell, arm = child.tags["bnbench.cell"], child.tags["bnbench.arm"]
+        own = ["bnbench.key", "bnbench.trial", "mlflow.note.content"]
+        if experiment == definition.tuning:
+            role, replicate = child.tags["bnbench.role"], int(child.tags["bnbench.replicate"])
+            level, name = "search", search_title(cell, arm, role, replicate)
+        else:
+            own += ["bnbench.role", "bnbench.replicate"]
+            level, name = "arm", f"{cell} · {arm}"
         tags = {k: v for k, v in child.tags.items() if k not in own}
-        tags |= {"bnbench.level": "arm", "bnbench.status": "running"}
-        name = f"{tags['bnbench.cell']} · {tags['bnbench.arm']}"
+        tags |= {"bnbench.level": level, "bnbench.status": "running"}
         draft = Draft(name, tags, child.start, child.start, status="RUNNING")
-        return self._create(definition, parent, definition.experiment, None, draft)
+        run = self._create(definition, parent, experiment, None, draft)
+        self._note(parent, "running any -1")
+        return run
 
     def _log(
         self,
@@ -325,6 +349,15 @@ class Session:
         self._record.forget_published(self._store.shown, name)
         self._runs.pop(name, None)
         self._marks.pop(name, None)
+
+
+def definitions(record: Record) -> dict[str, Definition]:
+    """All registered definitions by their hash, those of one study and preset oldest first."""
+    return {
+        found: Definition(found, registered, values)
+        for name, preset in dict.fromkeys((name, preset) for _, name, preset in record.studies())
+        for found, registered, values in record.registered(name, preset)
+    }
 
 
 def _record_id(record: Record) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bnbench.record import Record
-from bnbench.tracking.draft import is_grid
 from bnbench.tracking.live import Live, Place, read_live
 from bnbench.tracking.publish import Counts, Session
 from bnbench.tracking.store import Store, one_line
@@ -48,7 +47,9 @@ class Publisher:
         """Tell where the rows that are about to be trained belong, so that long ones can be shown."""
         with self._lock:
             for place in places:
-                self._places.setdefault(place.trial.key, []).append(place)
+                known = self._places.setdefault(place.trial.key, [])
+                if place not in known:
+                    known.append(place)
 
     def notify(self, study_hash: str, artifacts: Sequence[Path] = ()) -> None:
         """Tell that a study has new rows or verdicts, or files for its verdict run. Returns at once."""
@@ -106,19 +107,19 @@ class Publisher:
     def _show_running(self, session: Session) -> str:
         with self._lock:
             places = dict(self._places)
-        groups: dict[tuple[object, ...], list[tuple[Place, Live]]] = {}
-        for path in sorted(self._live.glob("*.jsonl")):
-            live = read_live(path)
-            if session.is_recorded(path.stem):
-                path.unlink(missing_ok=True)
-            elif live is not None:
-                for place in places.get(path.stem, ()):
-                    grid = (place.cell, place.arm, place.replicate, place.role)
-                    key = (place.study_hash, *grid, None if is_grid(place) else path.stem)
-                    groups.setdefault(key, []).append((place, live))
+        groups: dict[tuple[str, str], list[tuple[Place, Live]]] = {}
         try:
-            for (study_hash, *_), running in groups.items():
-                session.show_running(str(study_hash), running)
+            for path in sorted(self._live.glob("*.jsonl")):
+                live = read_live(path)
+                if session.is_recorded(path.stem):
+                    path.unlink(missing_ok=True)
+                elif live is not None:
+                    for place in places.get(path.stem, ()):
+                        groups.setdefault((place.study_hash, session.shown_as(place)), []).append(
+                            (place, live)
+                        )
+            for (study_hash, _), running in groups.items():
+                session.show_running(study_hash, running)
         except Exception as error:
             return one_line(error, self._store.uri)
         return ""
