@@ -28,7 +28,7 @@ from bnbench.engine.storage import open_storage
 from bnbench.engine.suite import Job, drop_weights, prepare, run_jobs
 from bnbench.record import Record
 from bnbench.registry import BadInput, nearest
-from bnbench.report import claim_lines, render_json, verdict_lines, write_report
+from bnbench.report import claim_lines, recipe_lines, render_json, verdict_lines, write_report
 from bnbench.report.words import effect
 from bnbench.study.claims import Verdict
 from bnbench.study.load import load_studies, load_study
@@ -334,7 +334,10 @@ def _work(
 
             def on_study(job: Job, table: Table, verdicts: tuple[Verdict, ...]) -> None:
                 if not request.quiet:
-                    console.print(verdict_lines(result_of(record, job, table, verdicts)))
+                    result = result_of(record, job, table, verdicts)
+                    for lines in (verdict_lines(result), recipe_lines(result)):
+                        if lines is not None:
+                            console.print(lines)
 
             unfinished = run_jobs(
                 jobs,

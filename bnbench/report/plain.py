@@ -12,9 +12,17 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from bnbench.report.gallery import in_order
-from bnbench.report.recipes import LEVEL, Recipe, recipe_heads, recipe_rows, recipe_values, recipes_of
+from bnbench.report.recipes import (
+    LEVEL,
+    Recipe,
+    mean_words,
+    recipe_heads,
+    recipe_rows,
+    recipe_values,
+    recipes_of,
+)
 from bnbench.report.result import Report, StudyResult
-from bnbench.report.words import amount, conclude, effect, explain, probability, status
+from bnbench.report.words import amount, conclude, dimension_words, effect, explain, probability, status
 from bnbench.study.claims import to_json
 
 _TERMINAL_COLOURS = {
@@ -137,12 +145,28 @@ def verdict_lines(result: StudyResult) -> RichTable:
     return table
 
 
-def claim_lines(report: Report) -> RichTable:
+def recipe_lines(result: StudyResult) -> RichTable | None:
+    """The recipe that every arm chose, for the terminal; None where nothing is searched."""
+    recipes = [recipe for cell in result.design.cells for recipe in recipes_of(result, cell)]
+    if not recipes:
+        return None
+    table = RichTable(title="Recipes", title_justify="left", box=box.SIMPLE)
+    for head in ("cell", "arm", "test accuracy, %", "chosen"):
+        table.add_column(head, overflow="fold")
+    for recipe in recipes:
+        chosen = "; ".join(f"{dimension_words(name)}: {text}" for name, text in recipe.setting.items())
+        table.add_row(*map(Text, (recipe.cell, recipe.arm, mean_words(recipe.accuracy), chosen)))
+    return table
+
+
+def claim_lines(report: Report) -> RichTable | Text:
     """The claims for the terminal, shown at the end."""
     table = RichTable(title="The article's claims", title_justify="left", box=box.SIMPLE)
     for head in ("claim", "verdict", "p (Holm)", "in one sentence"):
         table.add_column(head, overflow="fold")
     untested = [claim.id for claim, verdict in in_order(report) if status(verdict) == "NOT TESTED"]
+    if len(untested) == len(report.claims):
+        return Text("No primary hypothesis is here, so no claim of the article is judged.")
     if untested:
         table.caption = Text(f"No study of this run speaks of {', '.join(untested)}.")
         table.caption_justify = "left"
