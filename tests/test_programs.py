@@ -214,6 +214,15 @@ def test_a_search_asks_batch_by_batch_and_learns_from_what_it_got() -> None:
         assert (own.score_on, own.seed, own.data_seed) == ("test", best.seed, best.data_seed)
 
 
+def test_a_search_starts_at_the_arms_own_row_where_its_space_has_it() -> None:
+    own = (Range("lr", 0.01, 1.0), Choice("schedule", ("constant", "cosine")))
+    for space, starts in ((own, True), (SPACE, False)):  # the base's batch size is no level of the other
+        one = design(arms=(ARMS[0], Arm("batch", space=space)), tuning="per_replicate", trials=3, batch=2)
+        _, (_, first, *_) = drive(programs_of(study(quick=one, full=one, hypotheses=()), "quick", draw)[0][1])
+        assert (first[0].trial == one.trial(CELLS[0], one.arms[1], 0)) == starts
+        assert len({row.trial.key for row in first}) == 2
+
+
 def test_a_search_is_a_function_of_the_results_alone() -> None:
     first, again = (drive(programs_of(searching("once"), "quick", draw)[0][1]) for _ in range(2))
     assert first == again

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_study import write_tiny
+from tests.tiny_study import statuses, write_tiny
 
 SCRIPT = Path(__file__).parents[1] / "deploy" / "slurm.sh"
 
@@ -92,9 +94,10 @@ def next_file(folder: Path, pattern: str) -> Path:
 
 
 def wait_for_some_rows(database: Path) -> None:
-    from tests.tiny_study import statuses
-
     end = time.monotonic() + 120
-    while sum(statuses(database.parent).values()) < 10:
-        assert time.monotonic() < end, "waited in vain"
+    while time.monotonic() < end:
+        with contextlib.suppress(sqlite3.OperationalError):  # the file is there before its table
+            if sum(statuses(database.parent).values()) >= 10:
+                return
         time.sleep(0.1)
+    pytest.fail("waited in vain")

@@ -204,7 +204,7 @@ from functools import partial
 
 from bnbench.study import Arm, Cell, Design, Hypothesis, Study, Trial
 from bnbench.study.estimands import accuracy_difference
-from bnbench.study.recipes import recipe_space
+from bnbench.study.recipes import recipe_space, recipe_start
 
 NORMS = {norms!r}
 NAMES = {names!r}
@@ -226,7 +226,12 @@ DESIGN = Design(
     cells=(Cell({cell!r}, data={data!r}),),
     arms=(
         *(
-            Arm(norm, norm=norm, space=recipe_space(NAMES, norm=norm, examples=EXAMPLES, orders=ORDERS))
+            Arm(
+                norm,
+                norm=norm,
+                norm_options=recipe_start(norm),
+                space=recipe_space(NAMES, norm=norm, examples=EXAMPLES, orders=ORDERS),
+            )
             for norm in NORMS
         ),{lr_alone}
     ),

@@ -81,8 +81,8 @@ def _searches(design: Design) -> str:
         if searched_arms(design, cell)
     })  # fmt: skip
     return (
-        f"{repeated}, each with data and a seed of its own. {trials}, {design.batch} at a time: at random"
-        f" until {STARTUP} are scored, then by a multivariate tree-structured Parzen estimator (TPE) from the"
+        f"{repeated}, each with data and a seed of its own. {trials}, {design.batch} at a time: the arm's"
+        f" own setting first where the space has it, at random until {STARTUP} are scored, then by a multivariate tree-structured Parzen estimator (TPE) from the"
         " scores of the same search"
     )
 

@@ -157,7 +157,10 @@ def _drawn(
     batch: int,
     sampler: Sampler,
 ) -> list[Wanted]:
-    """The next batch of one search; smaller where its space has nothing new left."""
+    """The next batch of one search; smaller where its space has nothing new left.
+
+    A search starts at the arm's own row, where that is a point of its space.
+    """
     space = arm.space_in(cell.name)
     keys = {row.trial.key for row in rows}
 
@@ -165,14 +168,24 @@ def _drawn(
         return design.searched(cell, arm, replicate, point)
 
     history = [(point_of(space, row.trial), scored[row.trial.key]) for row in rows]
+    first = [] if rows else _start(design, cell, arm, replicate)
+    taken = keys | {row_of(point).key for point in first}
     seed = (study.name, cell.name, arm.name, replicate, batch)
-    points = sampler(space, history, count, seed, lambda point: row_of(point).key not in keys)
-    trials = {trial.key: trial for trial in map(row_of, points)}
+    others = sampler(space, history, count - len(first), seed, lambda point: row_of(point).key not in taken)
+    trials = {trial.key: trial for trial in map(row_of, [*first, *others])}
     return [
         Wanted(cell.name, arm.name, replicate, "tune", trial)
         for key, trial in trials.items()
         if key not in keys
     ]
+
+
+def _start(design: Design, cell: Cell, arm: Arm, replicate: int) -> list[Point]:
+    """The point of the arm's own row, if its space has one."""
+    try:
+        return [point_of(arm.space_in(cell.name), design.trial(cell, arm, replicate))]
+    except LookupError:
+        return []
 
 
 def try_everywhere(design: Design, cell: Cell, tuned: Iterable[Entry]) -> Program:

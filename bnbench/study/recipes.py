@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 
 from bnbench.registry import BadInput, nearest
@@ -37,8 +38,6 @@ NAMES = (
     *("lr", "schedule", "batch_size", "placement", "dropout", "weight_decay", "label_smoothing"),
     "gamma_init",
 )
-#: What means nothing without a norm.
-_OF_A_NORM = ("placement", "gamma_init")
 
 
 def recipe_space(
@@ -52,16 +51,28 @@ def recipe_space(
     """The dimensions of these names; the learning rate is always among them.
 
     Every batch size reads the same number of `examples`, so it sets the number of steps. `orders` are what
-    the model offers. With the norm "none", what concerns a norm is left out. Raises BadInput for an unknown
-    name.
+    the model offers. What the norm does not have is left out. Raises BadInput for an unknown name.
     """
     wanted = {"lr", *names}
     for name in wanted:
         if name not in NAMES:
             raise BadInput(f"no dimension named {name!r}{nearest(name, NAMES)}")
     if norm == "none":
-        wanted -= set(_OF_A_NORM)
+        wanted.discard("placement")
+    if not _has_scale(norm):
+        wanted.discard("gamma_init")
     return tuple(_dimension(name, norm, examples, orders, batch_sizes) for name in NAMES if name in wanted)
+
+
+def recipe_start(norm: str) -> dict[str, float]:
+    """The options with which a norm's defaults are a point of its space, at which a search then starts."""
+    return {"gamma_init": 1.0} if _has_scale(norm) else {}
+
+
+def _has_scale(norm: str) -> bool:
+    from bnbench.norms import NORMS
+
+    return "gamma_init" in inspect.signature(NORMS[norm].layer).parameters
 
 
 def _dimension(
