@@ -314,7 +314,7 @@ def test_recipes_tuned_in_every_replicate_say_how_often_each_value_was_chosen() 
 def test_the_design_says_what_is_searched_and_what_it_costs(result: StudyResult) -> None:
     terms = dict(tuning_terms(result))
     assert terms["Learning rates"] == "0.01, 0.03, 0.1, 0.3, 1 for “the article”; searched by the other arms"
-    assert "10 trials, 4 at a time: at random until 8 are scored" in terms["Searches"]
+    assert "10 trials, 4 at a time: the arm's own setting first" in terms["Searches"]
     assert terms["Comparing the best"].startswith("the 2 best settings of each search are tried on all 3")
     assert (
         terms["Trainings to choose, an arm"]

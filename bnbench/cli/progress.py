@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from bnbench.engine.cost import seconds_of
+from bnbench.engine.cost import Costs, seconds_of
 from bnbench.study.table import Result
 from bnbench.study.trial import Trial
 
@@ -34,7 +34,7 @@ class Display:
     """
 
     def __init__(
-        self, console: Console, rows: Sequence[Trial], costs: Mapping[str, float], width: int, quiet: bool
+        self, console: Console, rows: Sequence[Trial], costs: Costs, width: int, quiet: bool
     ) -> None:
         self.console, self.costs, self.width, self.quiet = console, costs, width, quiet
         self.total = len(rows)

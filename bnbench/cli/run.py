@@ -19,7 +19,7 @@ from bnbench.cli.preflight import on_fit_gpus
 from bnbench.cli.progress import Display, duration
 from bnbench.cli.recorded import gather, recorded_jobs, result_of, results_of
 from bnbench.data import fetch
-from bnbench.engine.cost import known_costs, measure_costs, seconds_of
+from bnbench.engine.cost import Costs, known_costs, measure_costs, seconds_of
 from bnbench.engine.executors import LocalPool
 from bnbench.engine.lock import hold
 from bnbench.engine.mirror import Mirror
@@ -218,13 +218,11 @@ def _with_data(jobs: list[Job], request: Request, console: Console) -> list[Job]
     return ready
 
 
-def _cost(rows: Sequence[Trial], costs: Mapping[str, float]) -> float:
+def _cost(rows: Sequence[Trial], costs: Costs) -> float:
     return sum(seconds_of(trial, costs) for trial in rows)
 
 
-def _print_plan(
-    console: Console, jobs: Sequence[Job], record: Record, costs: Mapping[str, float], width: int
-) -> None:
+def _print_plan(console: Console, jobs: Sequence[Job], record: Record, costs: Costs, width: int) -> None:
     table = TextTable(box=None, pad_edge=False)
     for title, justify in (
         ("study", "left"),
@@ -296,7 +294,7 @@ def _work(
     jobs: Sequence[Job],
     record: Record,
     pool: LocalPool | RayPool,
-    costs: Mapping[str, float],
+    costs: Costs,
 ) -> int:
     uri = tracking_uri(request.tracking_uri, os.environ, request.runs)
     storage = open_storage(request.storage, request.runs, [uri])

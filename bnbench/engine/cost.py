@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import BrokenExecutor, Executor
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from bnbench.data import DATASETS
 from bnbench.engine.conduct import train_row
@@ -41,29 +43,46 @@ def shape_of(trial: Trial) -> str:
     return json.dumps(trial.replace(**changes).changed(), sort_keys=True)
 
 
-def _work(trial: Trial) -> float:
-    """The row's work in training steps: its steps, and its evaluations in the same unit."""
-    batch = trial.batch_size
-    curve = trial.curve_points * 1512 * _FORWARD_SHARE / batch
-    final = (7000 if trial.score_on == "val" else 19000) * _FORWARD_SHARE / batch
-    return trial.steps + curve + final
+@dataclass(frozen=True)
+class Cost:
+    """What a row of some shape takes: seconds a training step, and seconds beside its steps."""
+
+    step: float
+    beside: float
 
 
-def known_costs(record: Record) -> dict[str, float]:
-    """Seconds a unit of work, by shape, from what the record has."""
-    sums: dict[str, tuple[float, float]] = {}
+Costs = Mapping[str, Cost]
+#: Of a shape that nobody has measured.
+GUESS = Cost(step=2e-3, beside=0.1)
+
+
+def _evaluations(trial: Trial) -> float:
+    """What a row evaluates on the way and on test data, in the time of training steps."""
+    samples = trial.curve_points * 1512 + (12000 if trial.score_on == "test" else 0)
+    return samples * _FORWARD_SHARE / trial.batch_size
+
+
+def _cost_of(trial: Trial, result: Result) -> Cost:
+    step = result.metrics["time/step_ms"] / 1000
+    return Cost(step, max(0.0, result.metrics["time/total_s"] - (trial.steps + _evaluations(trial)) * step))
+
+
+def known_costs(record: Record) -> dict[str, Cost]:
+    """The cost of every shape that the record has."""
+    found: dict[str, list[Cost]] = {}
     for trial, result in record.rows():
         if result.status == "done":
-            seconds, work = sums.get(shape_of(trial), (0.0, 0.0))
-            total = result.metrics["time/total_s"]
-            sums[shape_of(trial)] = (seconds + total, work + _work(trial))
-    return {shape: seconds / work for shape, (seconds, work) in sums.items()}
+            found.setdefault(shape_of(trial), []).append(_cost_of(trial, result))
+    return {
+        shape: Cost(fmean(cost.step for cost in costs), fmean(cost.beside for cost in costs))
+        for shape, costs in found.items()
+    }
 
 
 def measure_costs(
-    trials: Iterable[Trial], known: Mapping[str, float], executor: Executor, data: Path, runs: Path
-) -> dict[str, float]:
-    """Seconds a unit of work for every shape among the trials; unknown ones train for a few steps.
+    trials: Iterable[Trial], known: Costs, executor: Executor, data: Path, runs: Path
+) -> dict[str, Cost]:
+    """The cost of every shape among the trials; unknown ones train for a few steps.
 
     A shape whose rows are hardly longer than that is not tried: to find out would cost more than it tells.
     """
@@ -94,18 +113,12 @@ def measure_costs(
         for shape, future in futures.items():
             if isinstance(future.exception(), BrokenExecutor):
                 continue  # the study itself will say by name which row kills its worker
-            costs[shape] = _seconds_a_unit(probes[shape], future.result())
+            if (result := future.result()).status != "failed":
+                costs[shape] = _cost_of(probes[shape], result)
     return costs
 
 
-def _seconds_a_unit(probe: Trial, result: Result) -> float:
-    return max(result.metrics.get("time/step_ms", 1.0) / 1000, 1e-4)
-
-
-#: Seconds that any row takes beside its steps: building, evaluating, the Trainer.
-ROW_OVERHEAD = 0.02
-
-
-def seconds_of(trial: Trial, costs: Mapping[str, float]) -> float:
-    """The expected seconds of a row on one worker."""
-    return ROW_OVERHEAD + _work(trial) * costs.get(shape_of(trial), 2e-3)
+def seconds_of(trial: Trial, costs: Costs) -> float:
+    """The expected seconds of a row, on all its devices together."""
+    cost = costs.get(shape_of(trial), GUESS)
+    return trial.devices * (cost.beside + (trial.steps + _evaluations(trial)) * cost.step)

@@ -81,9 +81,9 @@ def _searches(design: Design) -> str:
         if searched_arms(design, cell)
     })  # fmt: skip
     return (
-        f"{repeated}, each with data and a seed of its own. {trials}, {design.batch} at a time: the arm's"
-        f" own setting first where the space has it, at random until {STARTUP} are scored, then by a multivariate tree-structured Parzen estimator (TPE) from the"
-        " scores of the same search"
+        f"{repeated}, each with data and a seed of its own. {trials}, {design.batch} at a time: the arm's own"
+        f" setting first where the space has it, at random until {STARTUP} are scored, then by a multivariate"
+        " tree-structured Parzen estimator (TPE) from the scores of the same search"
     )
 
 

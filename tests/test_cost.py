@@ -1,0 +1,106 @@
+"""Tests of what rows will cost: shapes that share a cost, and seconds that add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bnbench.engine.cost import GUESS, Cost, known_costs, measure_costs, seconds_of, shape_of
+from bnbench.record import Record
+from bnbench.study import Result, Trial
+
+
+def took(trial: Trial, step: float, beside: float, evaluated: int = 0) -> Result:
+    """The result of a row whose evaluated samples cost 15 % of a trained one each."""
+    total = beside + trial.steps * step + 0.15 * evaluated * step / trial.batch_size
+    return Result("done", {"time/step_ms": 1000 * step, "time/total_s": total})
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Iterator[Record]:
+    record = Record(tmp_path / "bnbench.db")
+    yield record
+    record.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 1.0, "seed": 3, "data_seed": 3, "steps": 9, "score_on": "test", "curve_points": 4},
+        {"schedule": "constant", "warmup": 0.1, "momentum": 0.0, "weight_decay": 0.1, "decay_norm": True},
+        {"init": "xavier", "init_scale": 2.0, "label_noise": 0.2, "label_smoothing": 0.1},
+        {"order": "act-norm", "dropout": 0.2, "dropout_at": "last", "norm_options": {"gamma_init": 3.0}},
+    ],
+)
+def test_what_changes_no_amount_of_work_changes_no_shape(changes: dict[str, Any]) -> None:
+    assert shape_of(Trial(**changes)) == shape_of(Trial())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 32}, {"norm": "none"}, {"model": "cnn"}, {"devices": 2}, {"n_train": 100},
+                {"norm": "ghost_batch", "norm_options": {"ghost_size": 4}}],
+)  # fmt: skip
+def test_what_changes_the_work_changes_the_shape(changes: dict[str, Any]) -> None:
+    assert shape_of(Trial(**changes)) != shape_of(Trial())
+
+
+def test_a_recorded_shape_costs_what_it_took(record: Record) -> None:
+    tuned = Trial(steps=100)
+    confirmed = Trial(steps=300, score_on="test", curve_points=10)
+    record.append([(tuned, took(tuned, 0.001, 0.5))])
+    record.append([(confirmed, took(confirmed, 0.003, 0.7, evaluated=12000 + 10 * 1512))])
+    record.append([(Trial(steps=7), Result("failed"))])
+    (cost,) = known_costs(record).values()
+    assert cost.step == pytest.approx(0.002)
+    assert cost.beside == pytest.approx(0.6)
+
+
+def test_the_seconds_of_a_row_are_its_steps_its_evaluations_and_the_rest() -> None:
+    trial = Trial(steps=100, batch_size=50)
+    costs = {shape_of(trial): Cost(0.01, 0.5)}
+    assert seconds_of(trial, costs) == pytest.approx(1.5)
+    assert seconds_of(trial.replace(curve_points=2), costs) == pytest.approx(1.5 + 0.15 * 3024 / 50 * 0.01)
+    assert seconds_of(trial.replace(score_on="test"), costs) == pytest.approx(1.5 + 0.15 * 12000 / 50 * 0.01)
+    assert seconds_of(Trial(model="cnn", steps=100), {}) == pytest.approx(100 * GUESS.step + GUESS.beside)
+
+
+def test_a_row_on_two_devices_costs_both() -> None:
+    trial = Trial(steps=100, devices=2)
+    assert seconds_of(trial, {shape_of(trial): Cost(0.01, 0.5)}) == pytest.approx(3.0)
+
+
+class Told:
+    """An executor that trains nothing: every row takes the same."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[dict[str, Any], int]] = []
+
+    def submit(self, fn: object, values: dict[str, Any], *places: str, devices: int) -> Future[Result]:
+        self.asked.append((values, devices))
+        future: Future[Result] = Future()
+        failed = values["norm"] == "group"
+        future.set_result(Result("failed") if failed else took(Trial(**values), 0.004, 0.3))
+        return future
+
+
+def test_unknown_shapes_are_tried_twice_and_briefly(tmp_path: Path) -> None:
+    executor = Told()
+    known = Trial(norm="none")
+    rows = [Trial(lr=lr, steps=500) for lr in (0.1, 0.2)]
+    rows += [known, Trial(norm="group"), Trial(devices=2, data="cifar10"), Trial(norm="layer", steps=2)]
+    given = {shape_of(known): Cost(1.0, 1.0)}
+    costs = measure_costs(rows, given, executor, tmp_path, tmp_path)  # type: ignore[arg-type]
+    assert len(executor.asked) == 6
+    assert {values["steps"] for values, _ in executor.asked} == {24}
+    assert {devices for values, devices in executor.asked if values["data"] == "cifar10"} == {2}
+    assert all(values["data_options"] for values, _ in executor.asked if values["data"] == "cifar10")
+    assert costs[shape_of(known)] == Cost(1.0, 1.0)
+    assert costs[shape_of(rows[0])].step == pytest.approx(0.004)
+    assert costs[shape_of(rows[0])].beside == pytest.approx(0.3)
+    # One that fails, and one that is hardly longer than the trial, are guessed.
+    assert shape_of(Trial(norm="group")) not in costs
+    assert shape_of(Trial(norm="layer")) not in costs
