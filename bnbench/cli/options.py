@@ -1,0 +1,36 @@
+"""The options that several verbs of the command line share, with what `--help` says of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Runs = Annotated[Path, typer.Option(help="Folder of the record, the MLflow store and the report.")]
+Preset = Annotated[
+    str, typer.Option(help="quick, full, smoke, or auto: quick, then full where there are GPUs.")
+]
+Studies = Annotated[
+    list[str] | None, typer.Argument(metavar="[STUDY|FILE.py]...", help="All studies by default.")
+]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow store or server; by default one in the folder of runs.")
+]
+Gpus = Annotated[str, typer.Option(help="all, none, or positions such as 0,2.")]
+Workers = Annotated[int | None, typer.Option(help="Worker processes; by default one a GPU, or one a core.")]
+PerGpu = Annotated[int, typer.Option(help="Workers that share one GPU.")]
+Budget = Annotated[
+    str | None, typer.Option(help="Start no training after 90m or 2h; auto gives 2h to the preset full.")
+]
+StorageUrl = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Where optuna-dashboard finds the searches; by default in --runs."),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Publish nothing; `bnbench publish` does later.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Verdicts only.")]
+DataFolder = Annotated[
+    Path | None,
+    typer.Option("--data-folder", help="Folder of data sets; by default BNBENCH_DATA or the user's cache."),
+]
