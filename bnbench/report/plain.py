@@ -129,7 +129,7 @@ def _csv_lines(recipe: Recipe) -> list[dict[str, Any]]:
 
 def verdict_lines(result: StudyResult) -> RichTable:
     """The verdicts of one study for the terminal, shown when it ends."""
-    there = "" if result.recorded >= result.planned else f", {result.recorded} of {result.planned} trainings"
+    there = "" if result.complete else f", {result.recorded} of {result.planned} trainings"
     table = RichTable(
         title=Text(f"{result.study.name} ({result.preset}{there})"), title_justify="left", box=box.SIMPLE
     )

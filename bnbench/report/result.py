@@ -17,8 +17,8 @@ from bnbench.study.design import Design
 class StudyResult:
     """One definition of a study, its rows and its verdicts.
 
-    `planned` is the number of rows that the preset asks for; `registered` holds the hash, the time (seconds
-    since 1970) and the definition of every version that was ever registered, oldest first.
+    `planned` is the number of rows that the preset asks for at most; `registered` holds the hash, the time
+    (seconds since 1970) and the definition of every version that was ever registered, oldest first.
     """
 
     study: Study
@@ -38,6 +38,15 @@ class StudyResult:
     def recorded(self) -> int:
         """How many different rows are there."""
         return len({entry.trial.key for entry in self.table.entries})
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing. Two choices may be one row, so the number of rows does not say it."""
+        if self.verdicts:
+            return all(verdict.gate != "incomplete" for verdict in self.verdicts)
+        own = {(e.cell, e.arm, e.replicate) for e in self.table.entries if e.role == "own"}
+        wanted = len(self.design.cells) * len(self.design.arms) * self.design.replicates
+        return self.recorded >= self.planned or len(own) >= wanted
 
     @property
     def seconds(self) -> float:
