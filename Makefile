@@ -67,7 +67,7 @@ doctor: $(for_study) ## say whether this machine can run the studies, and what t
 install: $(for_study) ## install bnbench into VENV (the only other step that needs the internet)
 
 test: $(for_dev) ## run the tests
-	@$(python) -m pytest -q -n auto --dist loadfile
+	@$(python) -m pytest -n auto --dist loadfile -q
 
 test-slow: $(for_dev) ## run the slow tests
 	@$(python) -m pytest -q -m slow

@@ -22,7 +22,7 @@ _START = "start --node-ip-address=127.0.0.1 --num-cpus=1 --object-store-memory=8
 
 
 def _wait(holds: Callable[[], object], complaint: str) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while not holds():
         assert time.monotonic() < end, complaint
         time.sleep(0.05)
@@ -40,11 +40,17 @@ class Cluster:
         self.address = f"127.0.0.1:{port}"
         head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self.folder}")
         self.nodes: list[subprocess.Popen[bytes]] = []
-        for node, names in enumerate(gpus):
-            self.nodes.append(self._start(names, *(head if node == 0 else (f"--address={self.address}",))))
-            # One after the other, since nodes of one machine choose free names of files and sockets.
-            _wait(lambda node=node: self.processes(node, "raylet/raylet"), f"node {node} did not start")
-        _wait(lambda: self.status().count(" node_") == len(gpus), "not all nodes joined")
+        try:
+            for node, names in enumerate(gpus):
+                self.nodes.append(
+                    self._start(names, *(head if node == 0 else (f"--address={self.address}",)))
+                )
+                # One after the other, since nodes of one machine choose free names of files and sockets.
+                _wait(lambda node=node: self.processes(node, "raylet/raylet"), f"node {node} did not start")
+            _wait(lambda: self.status().count(" node_") == len(gpus), "not all nodes joined")
+        except BaseException:
+            self.stop()
+            raise
 
     def _start(self, gpus: str, *arguments: str) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": gpus}

@@ -91,6 +91,8 @@ def pid_in(path: Path) -> int:
 def pool() -> Iterator[LocalPool]:
     with LocalPool(plan_workers((), 2, cpu_count=2)) as pool:
         yield pool
+        for task in [pool.submit(time.sleep, 0.2) for _ in range(2)]:
+            task.result()
         pids = pool.worker_pids()
     assert len(pids) == 2
     assert not any(map(is_alive, pids))

@@ -197,6 +197,7 @@ def start_study(nodes: Cluster, folder: Path, data: Path) -> tuple[Path, subproc
     return folder / "runs", start("run", study, *arguments, folder=folder, data=data)
 
 
+@pytest.mark.slow
 def test_a_study_gives_the_bits_of_local_workers_also_when_a_node_is_killed(
     nodes: Cluster, data: Path, tmp_path: Path
 ) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bnbench.norms import NORMS, norm_names
 from bnbench.registry import BadInput
 from bnbench.study import Arm, Choice, Range, Trial
-from bnbench.study.recipes import NAMES, recipe_space
+from bnbench.study.recipes import NAMES, WITH_GAMMA_INIT, recipe_space
 from bnbench.study.space import changes_of, check_space, define, most_levels, point_of, stand_in
 
 SPACE = (
@@ -115,6 +118,11 @@ def test_a_recipe_without_a_norm_has_nothing_that_concerns_one() -> None:
     for dimension in without.values():
         if isinstance(dimension, Choice):
             assert not any("norm" in label for label in dimension.levels)
+
+
+def test_the_norms_with_an_initial_scale_are_those_of_the_registry() -> None:
+    found = [n for n in norm_names() if "gamma_init" in inspect.signature(NORMS[n].layer).parameters]
+    assert sorted(found) == sorted(WITH_GAMMA_INIT)
 
 
 def test_a_recipe_has_the_names_asked_for_and_the_learning_rate() -> None:

@@ -170,7 +170,14 @@ class Study:
             # One point a search: two steps have no batch size from which a second one could learn.
             few = 1 if any(arm.space for arm in self.full.arms) else 0
             return dataclasses.replace(
-                self.full, replicates=1, lr=self.full.lr[:1], tuning="per_replicate", trials=few, smoke=True
+                self.full,
+                replicates=1,
+                lr=self.full.lr[:1],
+                tuning="per_replicate",
+                trials=few,
+                # To evaluate large networks takes longer than their two steps.
+                curve_points=min(1, self.full.curve_points),
+                smoke=True,
             )
         if preset not in ("quick", "full"):
             raise BadInput(f"no preset named {preset!r}{nearest(preset, ('quick', 'full', 'smoke'))}")
