@@ -67,7 +67,7 @@ doctor: $(for_study) ## say whether this machine can run the studies, and what t
 install: $(for_study) ## install bnbench into VENV (the only other step that needs the internet)
 
 test: $(for_dev) ## run the tests
-	@$(python) -m pytest -n auto --dist loadfile -q
+	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder -q
 
 test-slow: $(for_dev) ## run the slow tests
 	@$(python) -m pytest -q -m slow

@@ -21,3 +21,13 @@ def tripwire() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "_lazy_init", trip)
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests that start programs first, so that in the end no core waits for another one's long file."""
+    items.sort(key=lambda item: not _starts_programs(item))
+
+
+def _starts_programs(item: pytest.Item) -> bool:
+    values = vars(item.module).values() if isinstance(item, pytest.Function) else ()
+    return any(getattr(v, "__module__", "") in ("tests.tiny_study", "tests.ray_cluster") for v in values)
