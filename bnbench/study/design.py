@@ -182,7 +182,8 @@ class Design:
             changes["steps"] = 2
             if changes.get("data", self.base.data).startswith("cifar"):
                 # Evaluating a large network on a thousand samples would take longer than its two steps.
-                changes |= {"data_options": {"synthetic": True}, "n_train": 256}
+                batch = self.base.replace(**changes).global_batch
+                changes |= {"data_options": {"synthetic": True}, "n_train": max(64, batch)}
         return self.base.replace(**changes)
 
     def seeds(self, replicate: int) -> dict[str, int]:
