@@ -75,10 +75,13 @@ def disturb_workers(tmp_path: Path, data: Path, kills: int, seed: int) -> Path:
     )
     runs = tmp_path / "runs"
     killed = 0
-    wait_for_rows(runs, 1, process)
+    rows = 1
     while killed < kills and process.poll() is None:
-        # Far enough apart that no row dies twice, which would rightly be recorded as its failure.
-        time.sleep(chance.uniform(0.5, 1.0))
+        # A row whose worker died is the next to start. So many rows later it has ended: no row dies twice,
+        # which would rightly be recorded as its failure.
+        wait_for_rows(runs, rows, process)
+        time.sleep(chance.uniform(0.0, 0.3))
+        rows = sum(statuses(runs).values()) + 12
         if workers := workers_of(process):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(chance.choice(workers), signal.SIGKILL)
