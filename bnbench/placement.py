@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bnbench.registry import BadInput
@@ -78,6 +78,14 @@ def _list_cards(environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
     return devices, uuids
 
 
+def _entries(devices: str) -> Iterator[str]:
+    """Yield the names in a CUDA_VISIBLE_DEVICES up to where CUDA stops reading."""
+    for name in (entry.strip() for entry in devices.split(",")):
+        if not name or name.startswith("-") or name == "NoDevFiles":
+            return
+        yield name
+
+
 def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Name the GPUs that this process was given, each as CUDA_VISIBLE_DEVICES names it.
 
@@ -94,9 +102,7 @@ def visible_gpus(environ: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(devices)
     cards = sum(not uuid.startswith("MIG") for uuid in uuids)
     names: list[str] = []
-    for name in (entry.strip() for entry in inherited.split(",")):
-        if not name or name.startswith("-") or name == "NoDevFiles":
-            break
+    for name in _entries(inherited):
         known = int(name) < cards if name.isdecimal() else any(uuid.startswith(name) for uuid in uuids)
         if not known or name in names:
             fault = "twice" if name in names else "but nvidia-smi does not list it"
@@ -221,12 +227,7 @@ def enter(*slots: Slot) -> None:
 
 def given_gpus() -> tuple[str, ...]:
     """Name the GPUs that a slot, or Ray, gave to this process; none where nobody confined it."""
-    names: list[str] = []
-    for name in (entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")):
-        if not name or name.startswith("-") or name == "NoDevFiles":
-            break
-        names.append(name)
-    return tuple(names)
+    return tuple(_entries(os.environ.get("CUDA_VISIBLE_DEVICES", "")))
 
 
 def device_here() -> str:

@@ -20,7 +20,7 @@ from torch import nn
 from bnbench import placement
 from bnbench.cli.app import call
 from bnbench.engine.conduct import train_row
-from bnbench.engine.executors import LocalPool, _end_worker
+from bnbench.engine.executors import LocalPool, end_on_sigterm
 from bnbench.engine.ranks import RankFailed, run_ranks
 from bnbench.engine.train import Place, train
 from bnbench.registry import BadInput
@@ -155,7 +155,7 @@ def test_a_rank_that_leaves_is_named_with_its_exit_code():
 def train_here(row: Trial, place: Place, least: float) -> None:
     """What a worker does with a row; `least` as in `train`."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, _end_worker)
+    signal.signal(signal.SIGTERM, end_on_sigterm)
     train(row, place, save_every=0.0, save_least=least)
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from bnbench.data import DATASETS
 from bnbench.engine.conduct import train_row
@@ -22,23 +23,13 @@ _FORWARD_SHARE = 0.15
 
 def shape_of(trial: Trial) -> str:
     """Rows with the same text cost the same a step: they differ in numbers that change no amount of work."""
-    free = Trial()
-    changes = {"lr": 0.1, "data_seed": 0, "seed": 0, "steps": 1, "score_on": "val", "curve_points": 0}
-    changes |= {name: getattr(free, name) for name in ("momentum", "weight_decay", "warmup", "schedule")}
-    changes |= {
-        name: getattr(free, name)
-        for name in (
-            "init",
-            "init_scale",
-            "label_noise",
-            "label_smoothing",
-            "decay_norm",
-            "order",
-            "dropout_at",
-        )
-    }
-    # Dropping units costs little beside the rest, and would double the shapes of a search.
-    changes["dropout"] = 0.0
+    free = (
+        *("momentum", "weight_decay", "decay_norm", "warmup", "schedule", "init", "init_scale"),
+        # Dropping units costs little beside the rest, and would double the shapes of a search.
+        *("label_noise", "label_smoothing", "order", "dropout", "dropout_at"),
+    )
+    changes: dict[str, Any] = {name: getattr(Trial(), name) for name in free}
+    changes |= {"lr": 0.1, "data_seed": 0, "seed": 0, "steps": 1, "score_on": "val", "curve_points": 0}
     changes["norm_options"] = {k: v for k, v in trial.norm_options.items() if k != "gamma_init"}
     return json.dumps(trial.replace(**changes).changed(), sort_keys=True)
 
@@ -79,6 +70,19 @@ def known_costs(record: Record) -> dict[str, Cost]:
     }
 
 
+def probe_of(trial: Trial, steps: int) -> Trial:
+    """A row of the same shape that trains for a few steps and needs no download."""
+    return trial.replace(
+        steps=steps,
+        score_on="val",
+        curve_points=0,
+        data_seed=0,
+        seed=0,
+        lr=1e-3,
+        data_options={**trial.data_options, **DATASETS[trial.data].offline},
+    )
+
+
 def measure_costs(
     trials: Iterable[Trial], known: Costs, executor: Executor, data: Path, runs: Path
 ) -> dict[str, Cost]:
@@ -88,20 +92,7 @@ def measure_costs(
     """
     costs = dict(known)
     shapes = {shape_of(trial): trial for trial in trials if trial.steps > 2 * _PROBE_STEPS}
-    probes = {
-        shape: trial.replace(
-            steps=_PROBE_STEPS,
-            score_on="val",
-            curve_points=0,
-            data_seed=0,
-            seed=0,
-            lr=1e-3,
-            # A plan needs no download: a stand-in of the same shape costs as much.
-            data_options={**trial.data_options, **DATASETS[trial.data].offline},
-        )
-        for shape, trial in shapes.items()
-        if shape not in costs
-    }
+    probes = {shape: probe_of(trial, _PROBE_STEPS) for shape, trial in shapes.items() if shape not in costs}
     task: Callable[..., Result] = train_row  # `devices` is for the executor
     places = str(data.absolute()), str(runs.absolute())
     # Two rounds: the first one of each pays for loading the data and warming up.

@@ -39,11 +39,11 @@ class _Task:
 
 def _work(places: _Places, pipe: Connection) -> None:
     """Answer tasks until the coordinator hangs up: what a worker process runs."""
-    signal.signal(signal.SIGTERM, _end_worker)
+    signal.signal(signal.SIGTERM, end_on_sigterm)
     # The coordinator ends its daemons when it exits, however that comes. But a daemon may start no process,
     # and a row over several devices needs one for each: so only the coordinator takes this for a daemon.
     multiprocessing.current_process().daemon = False
-    threading.Thread(target=_end_with_coordinator, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     placement.enter(*places)
     while True:
         task: Any = None
@@ -70,7 +70,7 @@ def _run(fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Exception 
         return None, error
 
 
-def _end_worker(signum: int, frame: FrameType | None) -> None:
+def end_on_sigterm(signum: int, frame: FrameType | None) -> None:
     """Let a long training write its checkpoint first; anything else ends at once."""
     from bnbench.engine.checkpoint import Checkpoint
 
@@ -78,11 +78,14 @@ def _end_worker(signum: int, frame: FrameType | None) -> None:
         os._exit(143)
 
 
-def _end_with_coordinator() -> None:
-    """Wait for the death of the coordinator, and follow it. The worker's own parent is the fork server."""
-    coordinator = multiprocessing.parent_process()
-    assert coordinator is not None
-    coordinator.join()
+def end_with_parent() -> None:
+    """Wait for the death of the process that started this one, and follow it.
+
+    A worker's own parent is the fork server; multiprocessing knows who asked for the worker.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 

@@ -18,7 +18,7 @@ from bnbench import doctor
 from bnbench.data import DATASETS
 from bnbench.doctor import Finding
 from bnbench.engine import known_step, tryouts
-from bnbench.engine.cost import shape_of
+from bnbench.engine.cost import probe_of, shape_of
 from bnbench.engine.executors import LocalPool
 from bnbench.engine.known_step import TOLERANCE
 from bnbench.placement import Slot, choose_gpus, count_places, plan_workers
@@ -218,7 +218,7 @@ def _check_sync(ask: _Ask, rows: Sequence[Trial], fit: _Gpus) -> Iterator[Findin
             yield Finding("ok", "SyncBN", f"2 processes ({way}) equal one on the joined batch to {apart:.0e}")
             return
         problem = f"the {name} is off by {apart:.2g} of its largest value"
-    needed = any(trial.devices * trial.num_nodes > 1 for trial in rows)
+    needed = any(trial.world_size > 1 for trial in rows)
     remedy = (
         "NCCL_DEBUG=INFO tells more; NCCL_P2P_DISABLE=1 helps where cards cannot reach each other's memory"
         if pair
@@ -297,18 +297,10 @@ def _check_mlflow(writing: tuple[str, _Answer | str]) -> Iterator[Finding]:
 
 def _probe(trial: Trial) -> Trial:
     """A row of the same shape that takes two steps and needs no download."""
-    offline = DATASETS[trial.data].offline
-    batch = trial.batch_size * trial.devices * trial.num_nodes
-    return trial.replace(
-        steps=STEPS,
-        score_on="val",
-        curve_points=0,
-        data_seed=0,
-        seed=0,
-        lr=1e-3,
-        data_options={**trial.data_options, **offline},
-        n_train=max(SAMPLES, batch) if offline else trial.n_train,
-    )
+    probe = probe_of(trial, STEPS)
+    if not DATASETS[trial.data].offline:
+        return probe
+    return probe.replace(n_train=max(SAMPLES, trial.global_batch))
 
 
 def _check_shapes(
@@ -322,11 +314,11 @@ def _check_shapes(
 ) -> Iterator[Finding]:
     """Train each shape for two steps; adds to `shapes` what could be trained."""
     slots = plan_workers(fit)
-    # Of two shapes that differ in whether they drop units, one stands for both.
+    # Of rows that differ in whether they drop units, one that does stands for all.
     distinct = {
-        shape_of(trial.replace(dropout=0.1)): trial
+        shape: trial
         for trial in sorted(rows, key=lambda trial: trial.dropout)
-        if shape_of(trial) not in known
+        if (shape := shape_of(trial)) not in known
     }
     shaped = sorted(distinct.values(), key=lambda trial: trial.devices)
     here = [trial for trial in shaped if _fits(trial, slots)]
@@ -391,7 +383,7 @@ def _train(
 def _names(trials: Sequence[Trial]) -> str:
     """What people call some shapes: the first one, and how many more there are."""
     first = trials[0]
-    several = first.num_nodes * first.devices
+    several = first.world_size
     name = f"{first.model} · {first.norm} · B={first.batch_size} · {first.data}"
     name += f" on {several} devices" if several > 1 else ""
     return f"{name} and {len(trials) - 1} more" if len(trials) > 1 else name

@@ -13,15 +13,14 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from bnbench.engine.checkpoint import Checkpoint
 from bnbench.engine.distributed import TIMEOUT, backend_of, leave_group
+from bnbench.engine.executors import end_on_sigterm, end_with_parent
 from bnbench.engine.provenance import cuda_has_started
 from bnbench.registry import BadInput
 
@@ -147,8 +146,8 @@ def _be_rank(
 ) -> None:
     """Do the work, tell what came of it, and stay until all are done: who leaves looks dead to the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_rank)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, end_on_sigterm)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     answer: tuple[Any, Exception | None]
     try:
         member.enter(door)
@@ -160,20 +159,6 @@ def _be_rank(
     pipe.send(answer)
     pipe.recv()
     leave_group()
-
-
-def _end_rank(signum: int, frame: FrameType | None) -> None:
-    """Let a long training write its checkpoint first; anything else ends at once."""
-    if not Checkpoint.ask():
-        os._exit(143)
-
-
-def _end_with_parent() -> None:
-    """Wait for the death of the process that started the ranks, and follow it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _watch(

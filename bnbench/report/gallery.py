@@ -23,6 +23,7 @@ from bnbench.report.searches import (
     has_searches,
     importances_of,
     learning_rate_arm,
+    searched_arms,
     searches_of,
 )
 from bnbench.report.summaries import USABLE_MARGIN, learning_curve, paired_scores, sweep
@@ -129,7 +130,7 @@ def _search_groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle
     shares, expected, histories, slices = [], [], [], []
     repeated = set()
     for i, cell in enumerate(design.cells, start=1):
-        arms = [arm for arm in design.arms if arm.space_in(cell.name)]
+        arms = searched_arms(design, cell)
         searches = {arm.name: searches_of(result, cell, arm) for arm in arms}
         arms = [arm for arm in arms if any(search.scores for search in searches[arm.name])]
         if not arms:

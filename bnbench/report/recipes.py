@@ -154,14 +154,15 @@ def recipe_heads(result: StudyResult) -> list[str]:
 def recipe_rows(result: StudyResult, cell: Cell) -> list[list[str]]:
     """The recipes of a cell as texts under :func:`recipe_heads`; in parentheses what was not searched."""
     has_grid = any(grid_arm(result.design, c, result.study.baseline) for c in result.design.cells)
+    has_lr_arms, dimensions = _has_lr_arms(result), _dimensions(result)
     rows = []
     for recipe in recipes_of(result, cell):
         accuracy = recipe.accuracy
         row = [recipe.arm, mean_words(accuracy), str(accuracy.n) if accuracy else "0"]
         row += [gain_words(recipe.over_grid)] if has_grid else []
-        row += [gain_words(recipe.over_lr)] if _has_lr_arms(result) else []
+        row += [gain_words(recipe.over_lr)] if has_lr_arms else []
         row.append(f"{recipe.trials} + {recipe.compared}" if recipe.compared else str(recipe.trials))
-        for name in _dimensions(result):
+        for name in dimensions:
             given = f"({recipe.given[name]})" if name in recipe.given else "–"
             row.append(recipe.setting.get(name, given))
         rows.append(row)

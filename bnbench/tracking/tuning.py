@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,10 +45,8 @@ def grid_draft(definition: Definition, entries: Sequence[Entry], chosen: Entry |
         rows.append(table_row(entry, lr=entry.trial.lr))
     note = (
         f"{len(grid)} learning rates, {grid[0].trial.lr:g} to {grid[-1].trial.lr:g}; step = place in the grid"
+        f"{_casualties(grid)}"
     )
-    for status in ("diverged", "failed"):
-        if count := sum(e.result.status == status for e in grid):
-            note += f"; {count} {status}"
     params = trial_params(grid[0].trial, leave_out=("lr",))
     if chosen is not None:
         params["lr"] = str(chosen.trial.lr)
@@ -100,13 +99,17 @@ def _note(
 ) -> str:
     """What was tried and what was best: `40 trials; 1 diverged; best: t17 (lr 0.3, dropout none)`."""
     note = f"{len(tries)} trials" if len(tries) == len(entries) else f"{len(tries)} points on the same data"
-    for status in ("diverged", "failed"):
-        if count := sum(e.result.status == status for e in entries):
-            note += f"; {count} {status}"
+    note += _casualties(entries)
     if best is not None:
         labels = ", ".join(f"{k} {v}" for k, v in _labels(definition, entries[0], best).items())
         note += f"; best: t{tries.index(best)} ({labels})"
     return note
+
+
+def _casualties(entries: Sequence[Entry]) -> str:
+    """How many trainings diverged and failed: `; 2 diverged; 1 failed`, or nothing."""
+    counts = Counter(entry.result.status for entry in entries)
+    return "".join(f"; {counts[status]} {status}" for status in ("diverged", "failed") if counts[status])
 
 
 def _labels(definition: Definition, place: Entry, trial: Trial) -> dict[str, Any]:
