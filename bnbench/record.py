@@ -9,14 +9,13 @@ import json
 import re
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 from bnbench.registry import BadInput
-from bnbench.study.programs import Wanted
+from bnbench.study.programs import Wanted, turns
 from bnbench.study.table import Entry, Result, Role, Status, Table
 from bnbench.study.trial import Trial, trial_from
 
@@ -214,16 +213,14 @@ class Record:
         row that had failed and now is trained may have changed the learning rate that is confirmed. Their
         order in a place is kept.
         """
-        numbers: Counter[tuple[Any, ...]] = Counter()
-        places = []
-        for row in rows:
-            place = (study_hash, row.cell, row.arm, row.replicate, row.role)
-            places.append((*place, row.trial.key, numbers[place]))
-            numbers[place] += 1
+        places = [
+            (study_hash, row.cell, row.arm, row.replicate, row.role, row.trial.key, number)
+            for row, number in turns(rows)
+        ]
         with self._transaction() as db:
             db.executemany(
                 "DELETE FROM members WHERE study = ? AND cell = ? AND arm = ? AND replicate = ? AND role = ?",
-                list(numbers),
+                {place[:-2] for place in places},
             )
             db.executemany("INSERT OR IGNORE INTO members VALUES (?, ?, ?, ?, ?, ?, ?)", places)
 

@@ -6,8 +6,10 @@ A program knows nothing of workers, records or time, so a study is a pure functi
 from __future__ import annotations
 
 import statistics
-from collections.abc import Generator, Iterable, Mapping
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bnbench.study.design import TUNING_REPLICATES, Arm, Cell, Design
 from bnbench.study.space import Point, Sampler, point_of, stand_in
@@ -36,6 +38,15 @@ class Wanted:
     def measured(self, results: Results) -> Entry:
         """The line of the table."""
         return Entry(self.cell, self.arm, self.replicate, self.role, self.trial, results[self.trial.key])
+
+
+def turns(rows: Iterable[Wanted]) -> Iterator[tuple[Wanted, int]]:
+    """Each row of a request with its number among those of the same cell, arm, replicate and role."""
+    numbers: Counter[tuple[Any, ...]] = Counter()
+    for row in rows:
+        place = (row.cell, row.arm, row.replicate, row.role)
+        yield row, numbers[place]
+        numbers[place] += 1
 
 
 Program = Generator[list[Wanted], Results, list[Entry]]

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from bnbench.study.programs import Wanted
+from bnbench.study.programs import Wanted, turns
 from bnbench.study.table import Role
 from bnbench.study.trial import Trial
 
@@ -31,13 +29,10 @@ class Place:
 
 def places(study_hash: str, wanted: Iterable[Wanted]) -> list[Place]:
     """The places of the rows of one request, which is whole."""
-    turns: Counter[tuple[Any, ...]] = Counter()
-    found = []
-    for row in wanted:
-        place = (row.cell, row.arm, row.replicate, row.role)
-        found.append(Place(study_hash, *place, row.trial, turns[place]))
-        turns[place] += 1
-    return found
+    return [
+        Place(study_hash, row.cell, row.arm, row.replicate, row.role, row.trial, number)
+        for row, number in turns(wanted)
+    ]
 
 
 @dataclass(frozen=True)
