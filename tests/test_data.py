@@ -29,7 +29,7 @@ from bnbench.data import (
     load_test,
     shape_of,
 )
-from bnbench.data.splits import add_label_noise, stratified_order
+from bnbench.data.splits import add_label_noise, hold_out, stratified_order
 from bnbench.registry import BadInput
 
 
@@ -200,7 +200,16 @@ def test_a_fresh_process_in_an_empty_folder_gets_the_same_bits(
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("mnist1d", (4000, 2000, 6000)), ("digits", (1077, 360, 360)), ("cifar10", (1152, 128, 256))],
+    [
+        ("mnist1d", (4000, 2000, 6000)),
+        ("digits", (1077, 360, 360)),
+        ("cifar10", (1152, 128, 256)),
+        ("cifar100", (2304, 256, 1024)),
+        ("mnist", (1100, 100, 256)),
+        ("fashion_mnist", (1100, 100, 256)),
+        ("synthetic", (4000, 2000, 6000)),
+        ("gaussians", (4000, 2000, 6000)),
+    ],
 )
 def test_splits_have_their_fixed_sizes(name, sizes, folder):
     parts = DATASETS[name].read(0, folder, **DATASETS[name].offline)
@@ -286,6 +295,15 @@ def test_stratified_order_puts_each_sample_anywhere():
     # Uniform on 20 places: mean 9.5, standard error 5.77 / sqrt(4000) = .09; half of the places below 10.
     assert (places.double().mean(0) - 9.5).abs().max() < 0.45
     assert ((places < 10).double().mean(0) - 0.5).abs().max() < 0.04
+
+
+@settings(deadline=None)
+@given(labels=LABELS, share=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_what_is_held_out_is_the_first_of_a_stratified_order(labels, share, seed):
+    count = round(share * len(labels))
+    kept, held = hold_out(labels, count, generator(seed))
+    assert held.tolist() == sorted(stratified_order(labels, generator(seed))[:count].tolist())
+    assert kept.tolist() == sorted({*range(len(labels))} - {*held.tolist()})
 
 
 @settings(deadline=None)

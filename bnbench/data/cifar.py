@@ -1,14 +1,9 @@
-"""CIFAR-10: 60,000 colour images of 32×32 pixels (Krizhevsky, 2009), read from its binary files."""
+"""CIFAR-10 and CIFAR-100: 60,000 colour images of 32×32 pixels (Krizhevsky, 2009), in their binary form."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import shutil
-import sys
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +12,10 @@ import torch
 
 from bnbench.data.base import Parts, Samples, dataset
 from bnbench.data.cache import whole_file
+from bnbench.data.download import obtain
+from bnbench.data.patterns import draw_images
 from bnbench.data.randomness import generator
-from bnbench.data.splits import stratified_order
+from bnbench.data.splits import hold_out
 from bnbench.registry import BadInput
 
 PIXELS = 3 * 32 * 32
@@ -26,7 +23,10 @@ PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class Archive:
-    """A CIFAR archive. A record is `label_bytes` labels, the last of which counts, and 3×32×32 pixels."""
+    """A CIFAR archive. A record is `label_bytes` labels, the last of which counts, and 3×32×32 pixels.
+
+    Each training file has `records` of them.
+    """
 
     name: str
     url: str
@@ -35,6 +35,7 @@ class Archive:
     train_files: tuple[str, ...]
     test_file: str
     records: int
+    test_records: int
     num_classes: int
     label_bytes: int
 
@@ -46,13 +47,12 @@ class Archive:
     def files(self) -> tuple[str, ...]:
         return (*self.train_files, self.test_file)
 
+    def records_of(self, file: str) -> int:
+        return self.test_records if file == self.test_file else self.records
+
     @property
     def record_bytes(self) -> int:
         return self.label_bytes + PIXELS
-
-    @property
-    def file_bytes(self) -> int:
-        return self.records * self.record_bytes
 
 
 CIFAR10 = Archive(
@@ -64,10 +64,26 @@ CIFAR10 = Archive(
     train_files=tuple(f"data_batch_{number}.bin" for number in range(1, 6)),
     test_file="test_batch.bin",
     records=10_000,
+    test_records=10_000,
     num_classes=10,
     label_bytes=1,
 )
-SYNTHETIC10 = replace(CIFAR10, directory="cifar10-synthetic", records=256)
+CIFAR100 = Archive(
+    name="cifar100",
+    url="https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+    # From the checksums of TensorFlow Datasets; its page gives the MD5 03b5dce01913d631647c71ecec9e9cb8.
+    sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+    directory="cifar-100-binary",
+    train_files=("train.bin",),
+    test_file="test.bin",
+    records=50_000,
+    test_records=10_000,
+    num_classes=100,
+    label_bytes=2,  # of 20 superclasses, then of 100 classes
+)
+SYNTHETIC10 = replace(CIFAR10, directory="cifar10-synthetic", records=256, test_records=256)
+# Enough that every class is in every part.
+SYNTHETIC100 = replace(CIFAR100, directory="cifar100-synthetic", records=2_560, test_records=1_024)
 
 
 def fetch_cifar10(folder: Path, *, synthetic: bool = False) -> None:
@@ -93,14 +109,32 @@ def read_cifar10(data_seed: int, folder: Path, *, synthetic: bool = False) -> Pa
     return read_archive(archive, data_seed, folder)
 
 
+def fetch_cifar100(folder: Path, *, synthetic: bool = False) -> None:
+    """Download and unpack CIFAR-100 (161 MB), or write the synthetic files."""
+    if synthetic:
+        write_synthetic(SYNTHETIC100, folder)
+    else:
+        fetch_archive(CIFAR100, folder)
+
+
+@dataset("cifar100", in_shape=(3, 32, 32), num_classes=100, fetch=fetch_cifar100, offline={"synthetic": True})
+def read_cifar100(data_seed: int, folder: Path, *, synthetic: bool = False) -> Parts:
+    """Read 45,000 training, 5,000 validation and 10,000 test images with their labels of 100 classes.
+
+    All else is as in CIFAR-10; `synthetic` reads 2,304, 256 and 1,024 made-up images of 100 classes.
+    """
+    archive = SYNTHETIC100 if synthetic else CIFAR100
+    if synthetic:
+        write_synthetic(archive, folder)
+    return read_archive(archive, data_seed, folder)
+
+
 def read_archive(archive: Archive, data_seed: int, folder: Path) -> Parts:
     """Read an unpacked archive; a tenth of its training files is validation data."""
     files = [_read_file(archive, folder, file) for file in archive.train_files]
     known = Samples(np.concatenate([file.x for file in files]), np.concatenate([file.y for file in files]))
-    order = stratified_order(torch.from_numpy(known.y), generator(data_seed, archive.name, "split"))
-    num_val = len(order) // 10
-    # In the order of the files, so that memory is read in one direction.
-    train, val = order[num_val:].sort().values, order[:num_val].sort().values
+    draw = generator(data_seed, archive.name, "split")
+    train, val = hold_out(torch.from_numpy(known.y), len(known.y) // 10, draw)
     return Parts(known.take(train), known.take(val), _read_file(archive, folder, archive.test_file))
 
 
@@ -112,59 +146,12 @@ def fetch_archive(archive: Archive, folder: Path) -> None:
     """
     if all(_fault(archive, folder, file) is None for file in archive.files):
         return
-    packed = folder / archive.file
-    if packed.exists():
-        found = _sha256(packed)
-        if found != archive.sha256:
-            raise BadInput(
-                f"{packed} has the SHA-256 {found} instead of {archive.sha256}; "
-                "delete it and run `make data` again"
-            )
-    else:
-        _download(archive, folder)
-    with tarfile.open(packed) as tar:
+    with tarfile.open(obtain((archive.url,), archive.sha256, folder)) as tar:
         for file in archive.files:
             member = tar.extractfile(f"{archive.directory}/{file}")
             assert member is not None  # a regular file, the checksum says so
             with member, whole_file(folder / archive.directory / file) as out:
                 shutil.copyfileobj(member, out)
-
-
-def _download(archive: Archive, folder: Path) -> None:
-    import pooch
-
-    try:
-        with _quiet(pooch.get_logger()):
-            pooch.retrieve(
-                archive.url,
-                known_hash=f"sha256:{archive.sha256}",
-                fname=archive.file,
-                path=folder,
-                progressbar=sys.stderr.isatty(),
-            )
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise BadInput(
-            f"cannot download {archive.url} ({reason}); run `make data` on a machine with internet, "
-            f"or put {archive.file} into {folder} and run it again"
-        ) from error
-    except ValueError as error:  # pooch names the expected and the found checksum
-        raise BadInput(f"{archive.url}: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fault(archive: Archive, folder: Path, file: str) -> str | None:
@@ -176,8 +163,9 @@ def _fault(archive: Archive, folder: Path, file: str) -> str | None:
             f"or put {archive.file} into {folder} and run it"
         )
     size = path.stat().st_size
-    if size != archive.file_bytes:
-        return f"{path} has {size} bytes instead of {archive.file_bytes}; run `make data` to unpack it again"
+    expected = archive.records_of(file) * archive.record_bytes
+    if size != expected:
+        return f"{path} has {size} bytes instead of {expected}; run `make data` to unpack it again"
     return None
 
 
@@ -196,21 +184,12 @@ def _read_file(archive: Archive, folder: Path, file: str) -> Samples:
 
 
 def write_synthetic(archive: Archive, folder: Path) -> None:
-    """Write files of this archive's format: a smooth pattern for each class, in noise of the same strength.
-
-    Pixel = 128 + 32 (pattern + noise), clipped to 0 … 255, patterns and noise standard normal, the pattern
-    constant over 8×8 pixels. The same bytes on each call.
-    """
-    draw = generator(archive.directory, "patterns")
-    patterns = torch.randn(archive.num_classes, 3, 4, 4, generator=draw)
-    smooth = patterns.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+    """Write made-up files of this archive's format where they are missing; the same bytes on each call."""
     for file in archive.files:
         if _fault(archive, folder, file) is None:
             continue
-        draw = generator(archive.directory, file)
-        labels = torch.randint(archive.num_classes, (archive.records,), generator=draw)
-        noise = torch.randn(archive.records, 3, 32, 32, generator=draw)
-        pixels = (128 + 32 * (smooth[labels] + noise)).clamp(0, 255).to(torch.uint8).flatten(1)
+        count = archive.records_of(file)
+        pixels, labels = draw_images(archive.directory, file, count, archive.num_classes, channels=3, side=32)
         columns = labels.to(torch.uint8).view(-1, 1).expand(-1, archive.label_bytes)
         with whole_file(folder / archive.directory / file) as out:
-            out.write(torch.cat([columns, pixels], dim=1).numpy().tobytes())
+            out.write(torch.cat([columns, pixels.flatten(1)], dim=1).numpy().tobytes())

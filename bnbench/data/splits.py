@@ -23,6 +23,15 @@ def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     return by_class[torch.argsort((rank + jitter) / counts[own_class], stable=True)]
 
 
+def hold_out(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the samples that stay and `count` samples, a stratified choice, that are held out.
+
+    Both in ascending order, so that memory is read in one direction.
+    """
+    order = stratified_order(labels, generator)
+    return order[count:].sort().values, order[:count].sort().values
+
+
 def add_label_noise(labels: Tensor, fraction: float, num_classes: int, generator: torch.Generator) -> Tensor:
     """Return a copy in which `round(fraction * N)` labels are another class, drawn uniformly.
 
