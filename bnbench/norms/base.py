@@ -22,6 +22,8 @@ Layer = TypeVar("Layer", bound=Callable[..., nn.Module])
 class NormEntry:
     """A normalization layer and its traits. A trait is a promise: `bnbench.testing` tests every one.
 
+    A norm that takes a reference batch has its traits with that batch given, and left as it is.
+
     layer: called as `layer(num_features, dim, **options)`; dim is the number of spatial axes, 0 to 3.
     paper: where the layer comes from.
     reference: `reference(x, **options)`, the train-mode output of a fresh layer for a float64 x (N, C, *),
@@ -113,7 +115,10 @@ def norm(
 
 @runtime_checkable
 class KeepsMoments(Protocol):
-    """A norm whose running statistics can be set to those of a population (precise statistics)."""
+    """A norm whose running statistics can be set to those of a population (precise statistics).
+
+    While its attribute `frozen`, if it has one, is true, its statistics are left as they are.
+    """
 
     def batch_moments(self, x: Tensor) -> tuple[Tensor, ...]:
         """Float64 means over the input, one tensor a quantity; averages of them over batches, weighted by
@@ -128,15 +133,24 @@ class FollowsProgress(Protocol):
     """A norm with a ramp over the training."""
 
     def set_progress(self, fraction: float) -> None:
-        """Called before each training step with the fraction of the training that is done, 0 to 1."""
+        """Called with the fraction of the training that is done, 0 to 1: before each training step, and
+        before the evaluations in between and at the end."""
 
 
 @runtime_checkable
 class TakesReference(Protocol):
-    """A norm whose statistics come from a reference batch."""
+    """A norm whose statistics come from a reference batch.
+
+    reference_size: how many samples it should have; None leaves it to the caller.
+    reference_rows: so many samples at the head of the input of forward() are the reference: they give the
+        statistics, and gradients flow through these; 0 where the input has none. The caller sets it.
+    """
+
+    reference_size: int | None
+    reference_rows: int
 
     def set_reference(self, x: Tensor) -> None:
-        """Called with the layer's input for the reference batch."""
+        """Take the statistics of x, the layer's input for the reference batch, as constants."""
 
 
 def build_norm(name: str, num_features: int, dim: int = 2, **options: Any) -> nn.Module:

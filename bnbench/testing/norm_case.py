@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbench.norms import NORMS, NormEntry
+from bnbench.norms import NORMS, NormEntry, TakesReference
 
 SAMPLES = 8
 CHANNELS = 8
@@ -28,10 +28,19 @@ class NormCase:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, dim: int, *, dtype: torch.dtype = torch.float64, **more: Any) -> nn.Module:
-        """A fresh layer in training mode; an option in `more` is left out where the layer has none such."""
+        """A fresh layer in training mode; an option in `more` is left out where the layer has none such.
+
+        One that takes a reference batch is given the same one every time.
+        """
         known = inspect.signature(self.layer).parameters
         options = {**self.options, **{name: value for name, value in more.items() if name in known}}
-        return self.layer(CHANNELS, dim, **options).to(dtype).train()
+        layer = self.layer(CHANNELS, dim, **options).to(dtype).train()
+        if isinstance(layer, TakesReference):
+            with torch.device("cpu"):
+                reference = sample_input(dim, seed=2)
+            # Its mean is 0, so that the layer is an odd function.
+            layer.set_reference(torch.cat([reference, -reference]).to(torch.get_default_device(), dtype))
+        return layer
 
     def inputs(self, *, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int, Tensor]]:
         """A batch for every dim."""
