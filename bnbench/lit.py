@@ -20,8 +20,14 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from bnbench.data.randomness import generator, seed_of
-from bnbench.models import Slot, build_model, initialize
-from bnbench.norms import build_norm
+from bnbench.models import Slot, build_model, check_last_norm, initialize, norm_scales
+from bnbench.norms import FollowsProgress, TakesReference, build_norm
+from bnbench.norms.reference import (
+    layers_with_reference,
+    reference_size,
+    refresh_reference,
+    run_with_reference,
+)
 from bnbench.registry import BadInput, nearest
 
 SCHEDULES = ("constant", "cosine", "trapezoid")
@@ -109,12 +115,20 @@ class NormClassifier(L.LightningModule):
     taken as it is.
 
     Inputs (N, *in_shape), logits (N, num_classes). The loss is cross-entropy in nats. SGD with momentum;
-    weight decay acts on weights, and on norm parameters and biases only with `decay_norm`. `steps` is the
-    length of the schedule; by default it is taken from the Trainer. Logs `train/loss`, and for validation
-    and test `loss`, `acc` and `ece` (expected calibration error over 15 bins; Guo et al., 2017, eq. 3).
+    weight decay acts on weights, and on norm parameters and biases only with `decay_norm`; `gamma_decay` acts
+    on the scales γ of the registered norms, beside that. The model's output times `logit_scale` are the
+    logits. `last_norm_options` are changes to `norm_options` for the norm of the last hidden layer
+    (:class:`bnbench.models.Slot`). `steps` is the length of the schedule; by default it is taken from the
+    Trainer. Logs `train/loss`, and for validation and test `loss`, `acc` and `ece` (expected calibration
+    error over 15 bins; Guo et al., 2017, eq. 3).
 
-    Raises BadInput for names, options and sizes that cannot be.
+    Raises BadInput for names, options and sizes that cannot be, for `last_norm_options` where the model has
+    no norm that it calls the last, and for `gamma_decay` where no γ is learned.
     """
+
+    #: The reference batch (R, *in_shape) of norms that take one; where it is not set before `fit`, the first
+    #: training batch.
+    reference: Tensor | None = None
 
     #: Arguments of a subclass that are not to be copied into its hyperparameters, such as data.
     not_saved: ClassVar[tuple[str, ...]] = ()
@@ -128,6 +142,7 @@ class NormClassifier(L.LightningModule):
         num_classes: int,
         model_options: dict[str, Any] | None = None,
         norm_options: dict[str, Any] | None = None,
+        last_norm_options: dict[str, Any] | None = None,
         reparam: str | None = None,
         order: str = "norm-act",
         activation: str = "relu",
@@ -136,10 +151,12 @@ class NormClassifier(L.LightningModule):
         init: str = "he",
         init_scale: float = 1.0,
         bias_init: str | float = "zero",
+        logit_scale: float = 1.0,
         lr: float = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         decay_norm: bool = False,
+        gamma_decay: float = 0.0,
         schedule: str = "cosine",
         warmup: float = 0.0,
         label_smoothing: float = 0.0,
@@ -156,6 +173,8 @@ class NormClassifier(L.LightningModule):
             ("lr", lr, lr > 0, "above 0"),
             ("momentum", momentum, 0 <= momentum < 1, "at least 0 and below 1"),
             ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
+            ("gamma_decay", gamma_decay, gamma_decay >= 0, "0 or more"),
+            ("logit_scale", logit_scale, logit_scale > 0, "above 0"),
             ("warmup", warmup, 0 <= warmup <= 1, "a share of the steps, 0 to 1"),
             ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "at least 0 and below 1"),
             ("steps", steps, steps is None or steps >= 1, "1 or more, or None"),
@@ -170,6 +189,7 @@ class NormClassifier(L.LightningModule):
             dropout=dropout,
             dropout_at=dropout_at,
             reparam=reparam,
+            last_norm_options=last_norm_options or {},
         )
         options = model_options or {}
         if isinstance(model, nn.Module):
@@ -184,6 +204,13 @@ class NormClassifier(L.LightningModule):
                 initialize(
                     self.model, init, scale=init_scale, bias=bias_init, generator=generator(seed, "init")
                 )
+        if isinstance(model, nn.Module) or ":" in model:
+            name = model if isinstance(model, str) else type(model).__name__
+            check_last_norm(name, self.model, slot.last_norm_options)
+        if gamma_decay and not any(scale.requires_grad for scale in norm_scales(self.model)):
+            raise BadInput(f"gamma_decay is {gamma_decay}, but norm {norm!r} learns no scale here; use 0")
+        self._ramped: list[FollowsProgress] = []
+        self._referring: list[TakesReference] = []
         for phase in ("val", "test"):
             self.add_module(f"{phase}_loss", MeanMetric())
             self.add_module(f"{phase}_acc", MulticlassAccuracy(num_classes, average="micro"))
@@ -192,7 +219,8 @@ class NormClassifier(L.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of a batch."""
         logits: Tensor = self.model(x)
-        return logits
+        scale: float = self.hparams["logit_scale"]
+        return logits if scale == 1 else scale * logits
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of a training batch, smoothed as asked."""
@@ -201,9 +229,70 @@ class NormClassifier(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One step of automatic optimization."""
         x, y = batch
-        loss = self.loss(self(x), y)
+        self.tell_progress(self.trainer.global_step)
+        loss = self.loss(self.run_training_batch(x), y)
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def on_fit_start(self) -> None:
+        """Find the norms that follow the training."""
+        self.find_followers()
+
+    def find_followers(self) -> None:
+        """Find the norms that are told how far the training is, and those with a reference batch."""
+        self._ramped = [m for m in self.model.modules() if isinstance(m, FollowsProgress)]
+        self._referring = layers_with_reference(self.model)
+        if self.reference is not None:
+            dtype = cast(torch.dtype, self.dtype)
+            self.reference = self.reference.to(self.device, dtype, non_blocking=True)
+
+    def tell_progress(self, step: int) -> None:
+        """Tell the norms that follow the training that so many of its steps are done."""
+        if self._ramped:
+            steps = self.hparams["steps"] or int(self.trainer.estimated_stepping_batches)
+            for module in self._ramped:
+                module.set_progress(min(1.0, step / steps))
+
+    def bring_up_to_date(self, step: int) -> None:
+        """Tell norms how far the training is, and renew reference statistics, for an evaluation."""
+        self.tell_progress(step)
+        if self._referring and self.reference is not None:
+            refresh_reference(self.model, self._referring, self.reference)
+
+    def run_training_batch(self, x: Tensor) -> Tensor:
+        """Logits of a training batch; norms that take a reference batch see it beside this one."""
+        if not self._referring:
+            logits: Tensor = self(x)
+            return logits
+        if self.reference is None:
+            self.reference = self._reference_from(x)
+        return run_with_reference(self, self._referring, self.reference, x)
+
+    def _reference_from(self, x: Tensor) -> Tensor:
+        size = reference_size(self._referring, len(x))
+        if self.trainer.world_size > 1 or size > len(x):
+            why = f"reference_size is {size}, the first batch {len(x)}"
+            if self.trainer.world_size > 1:
+                why = "each device would take its own first batch"
+            raise BadInput(f"{why}: set `module.reference` to {size} training samples before fit")
+        return x[:size].detach().clone()
+
+    def on_validation_start(self) -> None:
+        """Renew reference statistics."""
+        self.bring_up_to_date(self.trainer.global_step)
+
+    def on_train_end(self) -> None:
+        """Renew reference statistics."""
+        self.bring_up_to_date(self.trainer.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the reference batch, so that a resumed training goes on with it."""
+        if self.reference is not None:
+            checkpoint["reference"] = self.reference
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the reference batch of the checkpoint."""
+        self.reference = checkpoint.get("reference", self.reference)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Collect loss, accuracy and calibration error of a validation batch."""
@@ -224,17 +313,25 @@ class NormClassifier(L.LightningModule):
             metric.update(*values)
             self.log(f"{phase}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "acc")
 
+    def decay_groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Groups of parameters with the L2 decay λ that acts on each, in g + λ·w; none is empty.
+
+        `gamma_decay` is added on the scales of norms to what `decay_norm` gives them.
+        """
+        h = self.hparams
+        decayed, free = split_parameters(self.model, h["decay_norm"])
+        scales = {id(scale) for scale in norm_scales(self.model)} if h["gamma_decay"] else set()
+        groups = []
+        for parameters, decay in ((decayed, h["weight_decay"]), (free, 0.0)):
+            groups.append(([p for p in parameters if id(p) not in scales], decay))
+            groups.append(([p for p in parameters if id(p) in scales], decay + h["gamma_decay"]))
+        return [group for group in groups if group[0]]
+
     def configure_optimizers(self) -> Any:
         """SGD over weights and, apart, norm parameters and biases, with the schedule stepped every step."""
         h = self.hparams
-        decayed, free = split_parameters(self.model, h["decay_norm"])
-        groups = [
-            {"params": decayed, "weight_decay": h["weight_decay"]},
-            {"params": free, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.SGD(
-            [group for group in groups if group["params"]], lr=h["lr"], momentum=h["momentum"]
-        )
+        groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in self.decay_groups()]
+        optimizer = torch.optim.SGD(groups, lr=h["lr"], momentum=h["momentum"])
         steps = h["steps"] or int(self.trainer.estimated_stepping_batches)
         factor = partial(learning_rate_factor, steps=steps, schedule=h["schedule"], warmup=h["warmup"])
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

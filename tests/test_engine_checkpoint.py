@@ -92,6 +92,22 @@ def test_a_resumed_training_is_bitwise_the_undisturbed_one(
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("where", ["first block", "middle", "last block"])
+def test_a_row_with_a_target_stops_where_it_stops_undisturbed(where, folder, tmp_path, monkeypatch):
+    """A checkpoint of its last block knows that the target is reached."""
+    row = ROW.replace(curve_points=2, until_train_nll=2.316)
+    with monkeypatch.context() as patch:
+        blocks = stop_at_block(patch, 0)
+        whole = train(row, Place(folder, tmp_path / "whole"))
+    assert whole.metrics["train/reached"] == 1.0
+    assert 8 <= whole.metrics["train/steps"] == blocks[-1] < 65
+    number = {"first block": 1, "middle": len(blocks) // 2, "last block": len(blocks)}[where]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_at_block(patch, number)
+        train(row, Place(folder, tmp_path), save_every=0.0)
+    assert same(train(row, Place(folder, tmp_path)), whole)
+
+
 def test_a_training_may_be_stopped_again_and_again(undisturbed, folder, tmp_path, monkeypatch):
     for _ in range(3):
         with monkeypatch.context() as patch, pytest.raises(Stopped):

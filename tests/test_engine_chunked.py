@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from bnbench.data import Arrays, load_split, step_indices
 from bnbench.engine.chunked import BLOCK_STEPS, Blocks, ChunkedClassifier, FusedSGD
-from bnbench.engine.train import Place, module_arguments, train
+from bnbench.engine.rows import module_arguments
+from bnbench.engine.train import Place, train
 from bnbench.lit import NormClassifier
 from bnbench.registry import BadInput
 from bnbench.study.trial import Trial
@@ -45,6 +46,11 @@ VARIANTS = {
     "no momentum": {"momentum": 0.0},
     "weight decay": {"weight_decay": 0.01},
     "weight decay on norms too": {"weight_decay": 0.01, "decay_norm": True, "bias_init": 0.1},
+    "decay of scales": {"gamma_decay": 0.3, "weight_decay": 0.01},
+    "decay of scales beside that of norms": {"gamma_decay": 0.3, "weight_decay": 0.01, "decay_norm": True},
+    "decay of scales, convolutions": CNN | {"norm": "group", "gamma_decay": 0.3},
+    "scaled logits": {"logit_scale": 0.3},
+    "another last norm": {"last_norm_options": {"gamma": 0.2, "learn_gamma": False}},
     "constant rate, warm-up": {"schedule": "constant", "warmup": 0.25},
     "cosine, warm-up": {"warmup": 0.1, "curve_points": 6},
     "label smoothing": {"label_smoothing": 0.2},
@@ -99,9 +105,12 @@ def test_engine_equals_a_bare_loop_with_torch_sgd(changes, folder, tmp_path):
     weights = [p for m in linear for n, p in m.named_parameters() if "bias" not in n]
     rest = [p for p in model.parameters() if all(p is not w for w in weights)]
     decay = row.weight_decay
-    groups = [{"params": weights, "weight_decay": decay}, {"params": rest}]
+    scales = [p for name, p in model.named_parameters() if name.endswith("norm.weight")]
+    others = [p for p in rest if all(p is not scale for scale in scales)]
+    free = decay if row.decay_norm else 0.0
+    decays = ((weights, decay), (others, free), (scales, free + row.gamma_decay))
+    groups = [{"params": some, "weight_decay": each} for some, each in decays]
     optimizer = torch.optim.SGD(groups, lr=row.lr, momentum=row.momentum)
-    optimizer.param_groups[1]["weight_decay"] = decay if row.decay_norm else 0.0
     rising = row.warmup * row.steps
     for step, (x, y) in enumerate(batches_of(row, folder)):
         share = 1.0
@@ -112,7 +121,7 @@ def test_engine_equals_a_bare_loop_with_torch_sgd(changes, folder, tmp_path):
         for group in optimizer.param_groups:
             group["lr"] = row.lr * share
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y, label_smoothing=row.label_smoothing).backward()
+        F.cross_entropy(row.logit_scale * model(x), y, label_smoothing=row.label_smoothing).backward()
         if row.clip_norm:
             nn.utils.clip_grad_norm_(model.parameters(), row.clip_norm)
         optimizer.step()
@@ -211,7 +220,7 @@ def test_blocks_cover_each_step_once_and_end_at_every_cut(start, length, cuts):
 def test_progress_is_told_before_each_step_as_a_share_of_the_budget():
     model = Seen()
     fit(classifier(model), blocks_of(10))
-    assert model.fractions == [step / 10 for step in range(10)]
+    assert model.fractions == [0.0, *(step / 10 for step in range(11))]  # at the start, and at the end
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_is_remembered():

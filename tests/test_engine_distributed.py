@@ -56,6 +56,7 @@ VARIANTS = {
     "one sample a device": {"batch_size": 1},
     "no norm": {"norm": "none"},
     "group": CNN | {"norm": "group"},
+    "reference batch": CNN | {"norm": "virtual_batch"},
 }
 
 

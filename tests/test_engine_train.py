@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -19,7 +19,8 @@ from bnbench.data import load_split, load_test
 from bnbench.engine import train as engine
 from bnbench.engine.chunked import ChunkedClassifier
 from bnbench.engine.conduct import train_row
-from bnbench.engine.train import Place, curve_steps, module_arguments, train
+from bnbench.engine.rows import module_arguments
+from bnbench.engine.train import Place, train
 from bnbench.lit import NormClassifier
 from bnbench.norms.recalibrate import recalibrate
 from bnbench.study.trial import Trial
@@ -166,13 +167,92 @@ def test_a_last_batch_of_one_sample_is_evaluated(place, monkeypatch):
     assert train(ROW, place).measured() == pytest.approx(whole, rel=1e-6)
 
 
-def test_curve_steps_grow_to_the_last_step():
-    assert curve_steps(1000, 0) == []
-    assert curve_steps(1, 26) == [1]
-    steps = curve_steps(1000, 26)
-    assert len(steps) == 26
-    assert steps[-1] == 1000
-    assert all(later / step == pytest.approx(1.15, rel=0.02) for step, later in itertools.pairwise(steps))
+@pytest.mark.parametrize(("norm", "dropout"), [("batch", 0.0), ("none", 0.2)])
+def test_losses_are_calibrated_by_one_temperature_of_the_validation_data(norm, dropout, place):
+    row = ROW.replace(score_on="test", norm=norm, dropout=dropout, label_noise=0.2, steps=120)
+    metrics = train(row, place).metrics
+    split = load_split("digits", 0, folder=place.data, n_train=200, label_noise=0.2)
+    test = load_test("digits", 0, folder=place.data)
+    model = rebuilt(row, place)
+    recalibrate(model, split.train.x.split(20))
+    model.eval()
+    logits = {part: model(arrays.x) for part, arrays in (("val", split.val), ("train", split.train))}
+    temperatures = [math.exp(step / 500) for step in range(-1000, 1000)]
+    losses = [nll(logits["val"] / temperature, split.val.y) for temperature in temperatures]
+    best = temperatures[losses.index(min(losses))]
+    found = metrics["val/temperature"]
+    assert found == pytest.approx(best, rel=2e-3)
+    assert abs(found - 1) > 0.05
+    after = {"train": nll(logits["train"] / found, split.train.y), "test": nll(model(test.x) / found, test.y)}
+    assert metrics["train/loss_calibrated"] == pytest.approx(after["train"], rel=1e-5)
+    assert metrics["test/loss_calibrated"] == pytest.approx(after["test"], rel=1e-5)
+    assert metrics["test/gap_calibrated"] == pytest.approx(after["test"] - after["train"], rel=1e-4)
+
+
+def test_scaled_logits_are_measured_as_such_and_their_scale_is_calibrated_away(place):
+    row = ROW.replace(score_on="test", norm="none", logit_scale=0.2)
+    metrics = train(row, place).metrics
+    split = load_split("digits", 0, folder=place.data, n_train=200)
+    logits = rebuilt(row, place)(split.val.x)
+    assert metrics["val/loss"] == pytest.approx(nll(0.2 * logits, split.val.y), rel=1e-5)
+    # Of weights as they were drawn, but for rounding.
+    scaled, plain = (train(row.replace(lr=1e-9, logit_scale=scale), place).metrics for scale in (0.2, 1.0))
+    assert scaled["val/temperature"] == pytest.approx(0.2 * plain["val/temperature"], rel=1e-3)
+    assert scaled["test/loss_calibrated"] == pytest.approx(plain["test/loss_calibrated"], rel=1e-5)
+    assert scaled["test/loss"] != pytest.approx(plain["test/loss"], rel=1e-3)
+
+
+FIXED = {"gamma": 0.5, "learn_gamma": False}
+
+
+def test_the_scale_of_norms_is_measured_where_there_is_one(place):
+    confirmed = ROW.replace(score_on="test")
+    metrics = train(confirmed, place).metrics
+    scales = [layer.norm.weight.double() for layer in rebuilt(confirmed, place).layers]
+    expected = math.sqrt(sum(scale.square().sum().item() for scale in scales) / 32)
+    assert metrics["norm/gamma"] == pytest.approx(expected)
+    assert expected != 1
+    fixed = confirmed.replace(norm_options=FIXED, last_norm_options={"gamma": 2.0})
+    assert train(fixed, place).metrics["norm/gamma"] == pytest.approx(math.sqrt((0.25 + 4) / 2))
+    for row in (ROW, confirmed.replace(norm="none"), confirmed.replace(norm_options={"affine": False})):
+        assert "norm/gamma" not in train(row, place).metrics
+    assert train(confirmed.replace(gamma_decay=1.0), place).metrics["norm/gamma"] < 0.8 * expected
+
+
+def test_fewer_samples_are_evaluated_where_the_row_says_so(place):
+    row = ROW.replace(score_on="test", curve_points=2)
+    few, whole = train(row.replace(n_eval=7), place), train(row, place)
+    for part in ("val", "test"):
+        assert 7 * few.metrics[f"{part}/acc"] == pytest.approx(round(7 * few.metrics[f"{part}/acc"]))
+        assert few.metrics[f"{part}/loss"] != whole.metrics[f"{part}/loss"]
+    assert all(7 * share == pytest.approx(round(7 * share)) for share in few.curve["val/acc"])
+    assert few.metrics["train/loss"] == whole.metrics["train/loss"]
+
+
+def test_a_diverged_row_is_scored_as_one_that_knows_nothing(place):
+    result = train(ROW.replace(score_on="test", lr=1e20, until_train_nll=0.1), place)
+    metrics = result.metrics
+    assert_plain(result)
+    assert metrics["train/loss_calibrated"] == metrics["train/loss"] >= math.log(K)
+    assert metrics["test/loss_calibrated"] == metrics["test/loss"]
+    assert (metrics["val/temperature"], metrics["test/gap_calibrated"]) == (1.0, 0.0)
+    assert (metrics["train/reached"], metrics["train/steps"]) == (0.0, ROW.steps)
+
+
+# Repetitions
+
+
+def test_repetitions_train_on_the_same_data_from_other_random_numbers(place):
+    row = ROW.replace(score_on="test", norm="none", label_noise=0.2, n_train=150)
+    split = load_split("digits", 0, folder=place.data, n_train=150, label_noise=0.2)
+    losses = set()
+    for repeat in range(3):
+        repeated = row.replace(repeat=repeat)
+        metrics = train(repeated, place).metrics
+        logits = rebuilt(repeated, place)(split.train.x)
+        assert metrics["train/loss"] == pytest.approx(nll(logits, split.train.y), rel=1e-5)
+        losses |= {metrics["train/loss"], metrics["train/loss_initial"]}
+    assert len(losses) == 6
 
 
 # Test data

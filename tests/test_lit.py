@@ -156,6 +156,26 @@ def test_weights_decay_and_scales_shifts_and_biases_do_not(name):
     assert len(split_parameters(model, decay_norm=True)[0]) == len(everything) - 1
 
 
+@pytest.mark.parametrize("decay_norm", [False, True])
+def test_a_decay_of_scales_is_added_on_the_scales_alone(decay_norm):
+    asked = {"weight_decay": 0.1, "decay_norm": decay_norm}
+    module = NormClassifier("resnet20", **SHAPE, **asked, gamma_decay=0.03)
+    groups = module.decay_groups()
+    decays = {id(p): decay for parameters, decay in groups for p in parameters}
+    assert len(decays) == sum(len(parameters) for parameters, _ in groups)
+    for name, parameter in module.model.named_parameters():
+        free = 0.1 if decay_norm or parameter.ndim > 1 else 0.0
+        scaled = 0.03 if name.endswith("norm.weight") else 0.0
+        assert decays[id(parameter)] == pytest.approx(free + scaled), name
+    assert len(NormClassifier(**SHAPE, **asked).decay_groups()) == (1 if decay_norm else 2)
+
+
+def test_scaled_logits_are_the_models_output_times_a_number():
+    module, plain = (NormClassifier(**SHAPE, logit_scale=scale) for scale in (0.25, 1.0))
+    x = torch.randn(5, 1, 8, 8)
+    assert torch.equal(module(x), 0.25 * plain(x))
+
+
 def test_equal_seeds_give_equal_weights_and_the_global_state_stays():
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -228,7 +248,9 @@ def test_an_own_model_gets_the_norm_as_a_function_of_features(data, trainer):
 
 
 def test_an_own_model_gets_slot_and_shape_where_it_asks():
-    module = own("WithSlotAndShape", norm="layer", activation="tanh", model_options={"classes": 10})
+    given = {"model_options": {"classes": 10}, "last_norm_options": {"gamma_init": 3.0}}
+    module = own("WithSlotAndShape", norm="layer", activation="tanh", **given)
+    assert module.model.gap.norm.gamma_init == 3.0
     assert [type(part).__name__ for part in module.model.gap] == ["LayerNorm", "Tanh"]
     assert module(torch.randn(2, 1, 8, 8)).shape == (2, 10)
     assert own("make_anything", model_options={"outputs": 3})(torch.randn(2, 1, 8, 8)).shape == (2, 3)
@@ -261,6 +283,15 @@ def test_a_module_is_taken_as_it_is_and_given_again_when_loading(data, tmp_path)
         ("mlp", {"lr": math.nan}, "lr must be above 0, not nan"),
         ("mlp", {"momentum": 1.0}, "momentum must be at least 0 and below 1"),
         ("mlp", {"weight_decay": -1e-4}, "weight_decay must be 0 or more"),
+        ("mlp", {"gamma_decay": -1e-4}, "gamma_decay must be 0 or more"),
+        ("mlp", {"gamma_decay": 1e-4, "norm": "none"}, "norm 'none' learns no scale here"),
+        ("mlp", {"logit_scale": 0.0}, "logit_scale must be above 0, not 0.0"),
+        ("mlp", {"last_norm_options": {"gama_init": 2.0}}, "did you mean 'gamma_init'"),
+        (
+            f"{__name__}:WithNormLayer",
+            {"last_norm_options": {"gamma_init": 2.0}},
+            "has no last norm for last_norm_options",
+        ),
         ("mlp", {"warmup": 5}, "warmup must be a share of the steps"),
         ("mlp", {"label_smoothing": 1.0}, "label_smoothing must be"),
         ("mlp", {"steps": 0}, "steps must be 1 or more"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnbench.models import MODELS, Slot, build_model, describe
+from bnbench.models import MODELS, ModelEntry, Slot, build_model, describe, norm_scales
 from bnbench.norms import NORMS
 from bnbench.registry import BadInput
 
@@ -138,6 +138,72 @@ def test_describe_counts_weights_biases_and_the_rest() -> None:
     assert (none.weights, none.biases, none.norm) == (70, 13, 0)
     weight_norm = describe(build_model("mlp", (6,), 3, Slot("none", reparam="weight_norm"), depth=2, width=5))
     assert (weight_norm.weights, weight_norm.biases, weight_norm.norm) == (70 + 10, 13, 0)
+
+
+#: The last norm of each model and order, by name.
+LAST_NORMS = {
+    ("mlp", "norm-act"): "layers.2.norm",
+    ("cnn", "act-norm"): "layers.2.norm",
+    ("vgg11", "norm-act"): "layers.7.norm",
+    ("resnet20", "norm-act"): "layers.8.branch.last_norm",
+    ("resnet20", "act-norm"): "layers.8.after.norm",
+    ("resnet20", "pre-act"): "final.norm",
+    ("resnet20", "post-add"): "layers.8.after.norm",
+    ("resnet18", "norm-act"): "layers.7.branch.last_norm",
+}
+
+
+@pytest.mark.parametrize(("name", "order"), LAST_NORMS)
+def test_last_norm_options_change_the_last_norm_and_no_other(name: str, order: str) -> None:
+    model = model_with(
+        name, order=order, norm_options={"gamma_init": 0.5}, last_norm_options={"gamma_init": 3.0}
+    )
+    scales = {n.removesuffix(".weight"): p for n, p in model.named_parameters() if n.endswith("norm.weight")}
+    changed = {n for n, scale in scales.items() if bool((scale == 3.0).all())}
+    assert changed == {LAST_NORMS[name, order]}
+    assert all(bool((scale == 0.5).all()) for n, scale in scales.items() if n not in changed)
+    # It is the norm that runs last, behind which nothing is normalized.
+    ran: list[str] = []
+    for n, module in model.named_modules():
+        if n in scales:
+            module.register_forward_hook(lambda _, __, ___, n=n: ran.append(n))
+    model(torch.randn(4, 1, 8, 8))
+    assert ran[-1] == LAST_NORMS[name, order]
+    assert len(ran) == len(scales)
+
+
+def test_a_last_layer_keeps_its_bias_where_its_own_norm_leaves_it_alive() -> None:
+    def biases(name: str, **slot: Any) -> list[bool]:
+        model = model_with(name, norm="layer", **slot)
+        return [m.bias is not None for n, m in model.named_modules() if n.endswith(("linear", "conv2"))]
+
+    for name, count in (("mlp", 3), ("resnet20", 9)):
+        bare = {"last_norm_options": {"affine": False}}
+        assert biases(name) == [False] * count
+        assert biases(name, **bare) == [False] * (count - 1) + [True]
+        shifted = {"norm_options": {"affine": False}, "last_norm_options": {"affine": True}}
+        assert biases(name, **shifted) == [True] * (count - 1) + [False]
+
+
+def test_a_model_that_calls_no_norm_its_last_takes_no_options_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(in_shape: tuple[int, ...], num_classes: int, slot: Slot) -> nn.Module:
+        return nn.Sequential(slot.build_norm(in_shape[0], 0), nn.Linear(in_shape[0], num_classes))
+
+    monkeypatch.setitem(MODELS._entries, "bare", ModelEntry("bare", build, ("norm-act",), (1,), "", {}))
+    build_model("bare", (4,), 2, Slot())
+    with pytest.raises(BadInput, match="model 'bare' has no last norm for last_norm_options") as refusal:
+        build_model("bare", (4,), 2, Slot(last_norm_options={"gamma_init": 2.0}))
+    assert "\n" not in str(refusal.value)
+
+
+def test_scales_of_norms_are_found_whether_learned_or_fixed() -> None:
+    slot = Slot(
+        "batch", {"gamma": 2.0, "learn_gamma": False}, last_norm_options={"gamma": None, "learn_gamma": True}
+    )
+    scales = norm_scales(build_model("cnn", (1, 8, 8), 3, slot))
+    assert [(scale.requires_grad, scale[0].item()) for scale in scales] == [(False, 2.0)] * 2 + [(True, 1.0)]
+    assert norm_scales(build_model("cnn", (1, 8, 8), 3, Slot("none"))) == []
+    assert norm_scales(build_model("cnn", (1, 8, 8), 3, Slot("batch", {"affine": False}))) == []
 
 
 @pytest.mark.parametrize(

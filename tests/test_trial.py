@@ -20,10 +20,10 @@ FIELDS = [f.name for f in dataclasses.fields(Trial)]
 
 def test_keys_stay_what_they_are() -> None:
     """Whoever changes a default or the way of hashing must raise ROW_VERSION, and then these keys."""
-    assert Trial().key == "5b4d2d8976e58daa"
+    assert Trial().key == "710fc9751ae52830"
     row = Trial(model="cnn", norm="group", norm_options={"num_groups": 4}, lr=1, seed=3, data_seed=3,
                 score_on="test")  # fmt: skip
-    assert row.key == "44c17ca6320514a9"
+    assert row.key == "9c5eea1095497cef"
 
 
 def test_the_key_reads_only_what_differs_from_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,9 +36,11 @@ def test_the_key_reads_only_what_differs_from_the_defaults(monkeypatch: pytest.M
 
 
 ANOTHER = {
-    "data": "digits", "data_options": {"a": 1}, "data_seed": 1, "n_train": 10, "label_noise": 0.1,
+    "data": "digits", "data_options": {"a": 1}, "data_seed": 1, "n_train": 10, "n_eval": 10, "label_noise": 0.1,
     "augment": "crop-flip", "model": "cnn", "model_options": {"width": 8}, "norm": "layer",
     "norm_options": {"eps": 0.1}, "reparam": "weight_norm", "order": "act-norm", "activation": "tanh",
+    "last_norm_options": {"gamma_init": 0.5}, "logit_scale": 0.5, "gamma_decay": 0.1,
+    "until_train_nll": 0.3, "repeat": 1, "alone": True,
     "dropout": 0.1, "dropout_at": "last", "init": "xavier", "init_scale": 2.0, "bias_init": 0.5,
     "optimizer": "sgd", "lr": 0.2, "momentum": 0.5, "weight_decay": 0.1, "decay_norm": True,
     "schedule": "constant", "warmup": 0.5, "clip_norm": 1.0, "label_smoothing": 0.1, "batch_size": 32,
@@ -74,6 +76,13 @@ def test_options_are_compared_as_numbers_whatever_their_order() -> None:
     assert Trial(norm_options={"eps": 1e300}).norm_options == {"eps": 1e300}
 
 
+def test_a_repetition_joins_the_training_seed_unless_it_is_the_first() -> None:
+    assert Trial(seed=3).training_seed == (3, "val")
+    seeds = [Trial(seed=s, score_on=on, repeat=r).training_seed for s in (0, 1) for on in ("val", "test")
+             for r in (0, 1, 2)]  # fmt: skip
+    assert len(set(seeds)) == 12
+
+
 def test_options_are_a_copy() -> None:
     options: dict[str, Any] = {"sizes": [1]}
     row = Trial(model_options=options)
@@ -103,6 +112,7 @@ def test_a_row_crosses_to_a_worker() -> None:
         ({"seed": -1}, "seed must be a whole number of 0 or more, not -1"),
         ({"batch_size": None}, "batch_size must be int, not None"),
         ({"n_train": 0}, "n_train must be 1 or more, or None, not 0"),
+        ({"n_eval": 0}, "n_eval must be 1 or more, or None, not 0"),
         ({"decay_norm": 1}, "decay_norm must be bool, not 1"),
         ({"norm": ["batch"]}, "norm must be str, not ['batch']"),
         ({"reparam": 3}, "reparam must be str or None, not 3"),
@@ -111,6 +121,11 @@ def test_a_row_crosses_to_a_worker() -> None:
         ({"warmup": 1.01}, "warmup must be between 0 and 1"),
         ({"weight_decay": -1}, "weight_decay must be 0 or more, not -1.0"),
         ({"curve_points": -1}, "curve_points must be 0 or more, not -1"),
+        ({"gamma_decay": -0.1}, "gamma_decay must be 0 or more, not -0.1"),
+        ({"logit_scale": 0}, "logit_scale must be above 0, not 0.0"),
+        ({"until_train_nll": 0}, "until_train_nll must be above 0, or None, not 0.0"),
+        ({"repeat": -1}, "repeat must be a whole number of 0 or more, not -1"),
+        ({"last_norm_options": "eps"}, "last_norm_options must be a mapping of option names to values"),
         ({"clip_norm": 0.0}, "clip_norm must be above 0, or None, not 0.0"),
         ({"schedule": "cosin"}, "schedule cannot be 'cosin'; did you mean 'cosine'?"),
         ({"score_on": "tset"}, "score_on cannot be 'tset'; did you mean 'test'?"),

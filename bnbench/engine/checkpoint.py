@@ -22,12 +22,13 @@ LEAST = 30.0  # seconds; a training that is stopped sooner is repeated rather th
 
 @dataclass
 class Progress:
-    """How far a training is: steps done, curve, last finite loss, and seconds spent on the steps."""
+    """How far a training is: steps, curve, last finite loss, seconds spent on the steps, target reached."""
 
     step: int = 0
     curve: dict[str, list[float]] = field(default_factory=dict)
     last_loss: float = float("inf")
     trained_s: float = 0.0
+    reached: bool = False
 
 
 class Checkpoint:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from bnbench.data import Arrays, augmentation, generator, seed_of, step_indices
 from bnbench.engine.distributed import Group
-from bnbench.lit import NormClassifier, learning_rate_factor, split_parameters
-from bnbench.norms.base import FollowsProgress
+from bnbench.lit import NormClassifier, learning_rate_factor
+from bnbench.norms.reference import layers_with_reference, reference_size
 from bnbench.registry import BadInput
 
 BLOCK_STEPS = 32
@@ -128,8 +128,11 @@ class ChunkedClassifier(NormClassifier):
     beyond it draw dropout and augmentation for themselves. So with synchronized statistics, and without such
     draws, a group trains as one process on the global batch.
 
-    Raises BadInput, beside what :class:`NormClassifier` raises, for an unknown augmentation, a batch larger
-    than the data, and `steps` that are not given.
+    Norms that take a reference batch get samples of the training data, not augmented, that are a function of
+    the seed alone (on all ranks the same): as many as the norm asks for, or as the global batch has.
+
+    Raises BadInput, beside what :class:`NormClassifier` raises, for an unknown augmentation, a batch or a
+    reference larger than the data, and `steps` that are not given.
     """
 
     not_saved = ("train", "after_block", "group")
@@ -169,17 +172,24 @@ class ChunkedClassifier(NormClassifier):
         self.diverged = False
         self.last_losses: list[float] = []
         self.optimizer_state: FusedSGD | None = None
+        if referring := layers_with_reference(self.model):
+            size = reference_size(referring, self.global_batch)
+            if size > len(train):
+                raise BadInput(
+                    f"reference_size is {size}, but there are {len(train)} training samples;"
+                    f" use 2 to {len(train)}"
+                )
+            chosen = step_indices(len(train), size, 0, 1, *training_seed, "reference")[0]
+            self.reference = train.x[chosen.to(train.x.device)]
 
     def configure_optimizers(self) -> None:
         """No optimizer that Lightning could step: :class:`FusedSGD` is made when training starts."""
 
     def prepare(self) -> FusedSGD:
-        """Make the optimizer for the parameters where they are now."""
-        decayed, free = split_parameters(self.model, self.hparams["decay_norm"])
-        self.optimizer_state = FusedSGD(
-            [(decayed, self.hparams["weight_decay"]), (free, 0.0)], self.hparams["momentum"]
-        )
-        self._ramped = [m for m in self.model.modules() if isinstance(m, FollowsProgress)]
+        """Make the optimizer for the parameters where they are now, and ready the norms."""
+        self.optimizer_state = FusedSGD(self.decay_groups(), self.hparams["momentum"])
+        self.find_followers()
+        self.bring_up_to_date(0)
         self._averages = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
         return self.optimizer_state
 
@@ -202,7 +212,11 @@ class ChunkedClassifier(NormClassifier):
 
     def on_train_batch_end(self, outputs: Any, batch: tuple[int, int], batch_idx: int) -> None:
         """Report the block, here where Lightning's autocast no longer reigns."""
+        self.bring_up_to_date(int(batch[1]))
         self.after_block(int(batch[1]))
+
+    def on_train_end(self) -> None:
+        """Nothing: after its last block the module is up to date."""
 
     def _step(self, step: int, x: Tensor, y: Tensor) -> Tensor:
         optimizer = self.optimizer_state
@@ -211,11 +225,10 @@ class ChunkedClassifier(NormClassifier):
         if self.augment is not None:
             x = self.augment(x, generator(*self.own_seed, "augment", step))
         _seed_device(x.device, seed_of(*self.own_seed, "dropout", step))
-        for module in self._ramped:
-            module.set_progress(step / h["steps"])
+        self.tell_progress(step)
         # An autocast that spans a block may keep its copies of the weights, which a step makes out of date.
         torch.clear_autocast_cache()
-        loss = self.loss(self.model(x), y)
+        loss = self.loss(self.run_training_batch(x), y)
         gradients: Sequence[Tensor]
         gradients = torch.autograd.grad(loss, optimizer.parameters, materialize_grads=True)
         loss, gradients = self.group.average(loss.detach(), gradients, self._averages)

@@ -1,4 +1,4 @@
-"""Evaluation of a model in training: loss, accuracy and calibration on arrays in memory."""
+"""Evaluation of a model in training: loss, accuracy, calibration and temperature on arrays in memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from bnbench.data import Arrays, eval_batches
+from bnbench.models import norm_scales
 
 EVAL_BATCH = 1024
+HOTTEST = 20.0  # a fitted temperature lies between 1 / HOTTEST and HOTTEST
 
 
 @contextmanager
@@ -49,6 +51,62 @@ def calibration_error(logits: Tensor, y: Tensor) -> float:
     """Expected calibration error over 15 bins (Guo et al., 2017, eq. 3)."""
     # Probabilities, since torchmetrics takes logits that happen to lie within [0, 1] for such.
     return float(multiclass_calibration_error(logits.softmax(1), y, logits.shape[1], n_bins=15))
+
+
+def fit_temperature(logits: Tensor, y: Tensor) -> float:
+    """The temperature T in [1/20, 20] that minimizes the NLL of logits / T (Guo et al., 2017, section 4.2).
+
+    In b = 1/T the NLL is convex: its slope is the mean of E[z] − z_y and its curvature that of Var[z], both
+    under softmax(b·z). Newton's steps from b = 1, and where one leaves the bracket, the middle of the bracket
+    on the logarithm of b; in float64. T is 1 where the logits are not finite or the NLL does not depend on T.
+    """
+    z = logits.detach().cpu().double()
+    if not z.isfinite().all() or bool((z == z[:, :1]).all()):
+        return 1.0
+    right = z.gather(1, y.cpu()[:, None]).mean()
+
+    def slope_and_curvature(b: float) -> tuple[float, float]:
+        p = (b * z).softmax(1)
+        mean = (p * z).sum(1, keepdim=True)
+        return (mean.mean() - right).item(), (p * (z - mean).square()).sum(1).mean().item()
+
+    low, high = 1 / HOTTEST, HOTTEST
+    if slope_and_curvature(high)[0] <= 0:
+        return 1 / high
+    if slope_and_curvature(low)[0] >= 0:
+        return 1 / low
+    b = 1.0
+    for _ in range(100):
+        slope, curvature = slope_and_curvature(b)
+        low, high = (low, b) if slope > 0 else (b, high)
+        step = b - slope / curvature if curvature > 0 else math.inf
+        last, b = b, step if low <= step <= high else math.sqrt(low * high)
+        if abs(b - last) <= 1e-12 * b:
+            break
+    return 1 / b
+
+
+def calibrated_losses(
+    val: tuple[Tensor, Tensor], train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
+) -> dict[str, float]:
+    """The temperature that suits the validation data, and the NLL in training and test at it.
+
+    Each part is its logits (N, K) and labels (N).
+    """
+    temperature = fit_temperature(*val)
+    found = {"val/temperature": temperature}
+    for part, (logits, y) in (("train", train), ("test", test)):
+        found[f"{part}/loss_calibrated"] = F.cross_entropy(logits.double() / temperature, y).item()
+    return found
+
+
+def scale_of_norms(model: nn.Module) -> dict[str, float]:
+    """The root mean square of all scales γ of the norms, as `norm/gamma`; nothing where there are none."""
+    scales = [scale.detach().flatten().double() for scale in norm_scales(model)]
+    if not scales:
+        return {}
+    size = torch.cat(scales).square().mean().sqrt().item()
+    return {"norm/gamma": size} if math.isfinite(size) else {}
 
 
 def finite_or_worst(values: dict[str, float], num_classes: int, last_loss: float) -> dict[str, float]:

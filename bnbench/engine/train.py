@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bnbench.data import Arrays, Split, augmentation, load_split, load_test, seed_of, shape_of
+from bnbench.data import Arrays, Split, load_split, load_test
 from bnbench.data.batches import eval_batches
 from bnbench.engine.checkpoint import EVERY, LEAST, Checkpoint, Progress, changing_tensors
 from bnbench.engine.chunked import Blocks, ChunkedClassifier
@@ -32,18 +32,24 @@ from bnbench.engine.distributed import (
     quiet_lightning,
     trainer_for,
 )
-from bnbench.engine.evaluate import calibration_error, finite_or_worst, logits_of, scores, worst_scores
+from bnbench.engine.evaluate import (
+    calibrated_losses,
+    calibration_error,
+    finite_or_worst,
+    logits_of,
+    scale_of_norms,
+    scores,
+    worst_scores,
+)
 from bnbench.engine.provenance import provenance
 from bnbench.engine.ranks import RankFailed, run_ranks
-from bnbench.lit import check_model
-from bnbench.norms import normalization_batch_size
+from bnbench.engine.rows import check_trial, curve_steps, look_steps, module_arguments, normalized_together
 from bnbench.norms.recalibrate import precise_statistics
 from bnbench.registry import BadInput
 from bnbench.study.table import Result, Status
 from bnbench.study.trial import Trial
 from bnbench.tracking.live import LiveLog
 
-CURVE_RATIO = 1.15
 CURVE_SAMPLES = 1000
 RECALIBRATION_SAMPLES = 512
 TRAIN_SAMPLES = 1024
@@ -56,55 +62,6 @@ class Place:
     data: Path
     runs: Path
     device: str = "cpu"
-
-
-def module_arguments(trial: Trial) -> dict[str, Any]:
-    """The arguments of NormClassifier for a row, as plain values."""
-    in_shape, num_classes = shape_of(trial.data, **trial.data_options)
-    same = (
-        "model model_options norm norm_options reparam order activation dropout dropout_at init init_scale"
-        " bias_init lr momentum weight_decay decay_norm schedule warmup label_smoothing steps"
-    )
-    row = trial.as_dict()
-    return {
-        **{name: row[name] for name in same.split()},
-        "in_shape": list(in_shape),
-        "num_classes": num_classes,
-        "seed": seed_of(trial.seed, trial.score_on),
-    }
-
-
-@functools.lru_cache(maxsize=4096)
-def _check_shape(text: str) -> None:
-    """Build the row's module on the meta device; rows that differ in seed or learning rate share it."""
-    trial = Trial(**json.loads(text))
-    arguments = module_arguments(trial)
-    check_model(arguments.pop("model"), arguments.pop("norm"), **arguments)
-    augmentation(trial.augment, tuple(arguments["in_shape"]))
-    normalized_together(trial)
-
-
-def normalized_together(trial: Trial) -> int | None:
-    """How many samples share one set of statistics in training; None without batch statistics."""
-    size = trial.global_batch if trial.norm == "sync_batch" else trial.batch_size
-    return normalization_batch_size(trial.norm, size, **trial.norm_options)
-
-
-def check_trial(trial: Trial) -> None:
-    """Raise BadInput where a row cannot train: unknown names, groups that do not divide, and the like."""
-    if trial.num_nodes > 1 and launcher() is None:
-        raise BadInput(
-            f"num_nodes is {trial.num_nodes}: start the row on all nodes at once, by torchrun (--nnodes"
-            f" {trial.num_nodes} --nproc-per-node {trial.devices} -m bnbench.cli train trial.json) or by srun"
-            f" (--nodes {trial.num_nodes} --ntasks-per-node {trial.devices} bnbench train trial.json)"
-        )
-    shape = trial.replace(lr=0.1, data_seed=0, seed=0, score_on="val", curve_points=0)
-    _check_shape(json.dumps(shape.changed(), sort_keys=True))
-
-
-def curve_steps(steps: int, points: int) -> list[int]:
-    """Up to `points` steps that end at `steps` and grow by a ratio of 1.15, rounded to whole steps."""
-    return sorted({max(1, round(steps / CURVE_RATIO**back)) for back in range(points)})
 
 
 @functools.lru_cache(maxsize=2)
@@ -120,7 +77,7 @@ def _split(
     )
 
 
-def _first(arrays: Arrays, count: int) -> Arrays:
+def _first(arrays: Arrays, count: int | None) -> Arrays:
     return Arrays(arrays.x[:count], arrays.y[:count])
 
 
@@ -231,13 +188,14 @@ class _Run:
         self.live = LiveLog(place.runs, trial.key, started)
         self.checkpoint = _checkpoint(trial, place, every if self.writes else math.inf, least)
         options = json.dumps(dict(trial.data_options), sort_keys=True)
-        self.split = _split(
+        split = _split(
             trial.data, trial.data_seed, trial.n_train, trial.label_noise, options, place.data, place.device
         )
+        self.split = dataclasses.replace(split, val=_first(split.val, trial.n_eval))
         self.module = ChunkedClassifier(
             train=self.arrays(self.split.train),
             batch_size=trial.batch_size,
-            training_seed=(trial.seed, trial.score_on),
+            training_seed=trial.training_seed,
             augment=trial.augment,
             clip_norm=trial.clip_norm,
             after_block=self.after_block,
@@ -251,7 +209,8 @@ class _Run:
         self.module.to(place.device)
         self.model = self.module.model
         self.optimizer = self.module.prepare()
-        self.cuts = curve_steps(trial.steps, trial.curve_points)
+        self.drawn = curve_steps(trial.steps, trial.curve_points)
+        self.looks = look_steps(trial)
         self.progress = Progress()
         self.clock = time.perf_counter()
 
@@ -273,14 +232,20 @@ class _Run:
         self.progress = self.group.tell(self.progress)
         if self.progress.step:
             self.group.follow_first(changing_tensors(self.model, self.optimizer))
+            self.module.bring_up_to_date(self.progress.step)
         for at in range(len(self.progress.curve.get("step", ()))):
             self.show(at)
-        blocks = Blocks(self.progress.step, self.trial.steps, self.cuts, lambda: self.module.diverged)
+        stop = self.progress.step if self.progress.reached else self.trial.steps
+        cuts = sorted({*self.drawn, *self.looks})
+        blocks = Blocks(self.progress.step, stop, cuts, self.has_ended)
         self.clock = time.perf_counter()
         devices = [torch.cuda.current_device()] if self.place.device == "cuda" else []
         with quiet_lightning(), torch.random.fork_rng(devices), self.checkpoint.during():
             self.trainer.fit(self.module, train_dataloaders=blocks)
         self.module.to(self.place.device)
+
+    def has_ended(self) -> bool:
+        return self.module.diverged or self.progress.reached
 
     def after_block(self, step: int) -> None:
         losses = self.module.last_losses
@@ -288,16 +253,27 @@ class _Run:
         self.progress.last_loss = ([self.progress.last_loss] + [x for x in losses if math.isfinite(x)])[-1]
         self.progress.trained_s += time.perf_counter() - self.clock
         if not self.module.diverged:
-            if step in self.cuts:
+            if step in self.looks:
+                self.look()
+            if step in self.drawn or (self.drawn and self.progress.reached):
                 self.draw(step, sum(losses) / len(losses))
             self.checkpoint.maybe_save(self.model, self.optimizer, self.progress)
         self.clock = time.perf_counter()
+
+    def look(self) -> None:
+        """See whether the training NLL is low enough to stop; rank 0's decision is that of all."""
+        with self.precise():
+            loss = self.train_scores(self.train_logits())["loss"]
+        self.progress.reached = self.group.tell(self.is_reached(loss))
+
+    def is_reached(self, loss: float) -> bool:
+        return self.trial.until_train_nll is not None and loss <= self.trial.until_train_nll
 
     def draw(self, step: int, train_loss: float) -> None:
         """Add a point to the curve, measured with precise statistics."""
         sample = self.arrays(_first(self.split.val, CURVE_SAMPLES))
         with self.precise():
-            point = self.finite(scores(logits_of(self.model, sample), sample.y))
+            point = self.finite(scores(logits_of(self.module, sample), sample.y))
         values = {"step": step, "val/acc": point["acc"], "val/loss": point["loss"], "train/loss": train_loss}
         for name, value in values.items():
             self.progress.curve.setdefault(name, []).append(value)
@@ -312,32 +288,39 @@ class _Run:
     def finite(self, values: dict[str, float]) -> dict[str, float]:
         return finite_or_worst(values, self.split.num_classes, self.progress.last_loss)
 
-    def train_scores(self) -> dict[str, float]:
+    def train_logits(self) -> Tensor:
+        return logits_of(self.module, self.arrays(_first(self.split.train, TRAIN_SAMPLES)))
+
+    def train_scores(self, logits: Tensor) -> dict[str, float]:
         """Scores on training samples, against noisy and clean labels."""
-        sample = self.arrays(_first(self.split.train, TRAIN_SAMPLES))
-        logits = logits_of(self.model, sample)
-        found = scores(logits, sample.y)
+        found = scores(logits, self.split.train.y[: len(logits)])
         if self.trial.label_noise:
-            clean = scores(logits, self.split.train_clean_y[: len(sample)])
+            clean = scores(logits, self.split.train_clean_y[: len(logits)])
             found |= {f"{name}_clean": value for name, value in clean.items()}
         return found
 
     def measure(self) -> tuple[dict[str, float], dict[str, tuple[float, ...]], Status, str]:
         trial = self.trial
         with self.precise():
-            initial = self.finite(self.train_scores())
+            initial = self.finite(self.train_scores(self.train_logits()))
         self.fit()
         parts = ("val", "test") if trial.score_on == "test" else ("val",)
         with self.precise():
-            final = self.train_scores()
+            seen = self.train_logits()
+            final = self.train_scores(seen)
             reason = self.why_diverged(initial, final)
             evaluated = {} if reason else {part: self.arrays(self.load(part)) for part in parts}
-            precise = {part: logits_of(self.model, arrays) for part, arrays in evaluated.items()}
+            precise = {part: logits_of(self.module, arrays) for part, arrays in evaluated.items()}
         metrics = {
             "chance": 1 / self.split.num_classes,
             "train/loss_initial": initial["loss"],
             "time/step_ms": 1000 * self.progress.trained_s / self.progress.step,
         }
+        if trial.until_train_nll is not None:
+            reached = not reason and self.group.tell(self.is_reached(final["loss"]))
+            # A diverged training counts as one that has used its budget.
+            steps = trial.steps if reason else self.progress.step
+            metrics |= {"train/reached": float(reached), "train/steps": float(steps)}
         if reason:
             for name, value in worst_scores(self.split.num_classes, self.progress.last_loss).items():
                 metrics |= {f"train/{measured}": value for measured in final if measured.startswith(name)}
@@ -347,7 +330,12 @@ class _Run:
             for part, arrays in evaluated.items():
                 metrics |= self.final_scores(part, arrays, precise[part])
         if trial.score_on == "test":
+            labels = {"train": self.split.train.y[: len(seen)], **{p: a.y for p, a in evaluated.items()}}
+            metrics |= self.calibrated({"train": seen, **precise}, labels)
             metrics["test/gap"] = metrics["test/loss_precise"] - metrics["train/loss"]
+            calibrated = metrics["train/loss_calibrated"], metrics["test/loss_calibrated"]
+            metrics["test/gap_calibrated"] = calibrated[1] - calibrated[0]
+            metrics |= scale_of_norms(self.model)
             if self.writes and not reason:
                 self.keep_weights()
         self.checkpoint.remove()
@@ -362,9 +350,18 @@ class _Run:
             return "the training loss ended above where it began"
         return ""
 
+    def calibrated(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, float]:
+        """Losses at the temperature that suits the validation data; a diverged run has no logits of it."""
+        if "val" in logits:
+            found = calibrated_losses(**{part: (logits[part], y) for part, y in labels.items()})
+            if all(map(math.isfinite, found.values())):
+                return found
+        worst = worst_scores(self.split.num_classes, self.progress.last_loss)["loss"]
+        return {"val/temperature": 1.0, "train/loss_calibrated": worst, "test/loss_calibrated": worst}
+
     def final_scores(self, part: str, arrays: Arrays, precise: Tensor) -> dict[str, float]:
         """Scores of the trained model: as its running statistics give them, and with precise ones."""
-        chosen = precise if self.trial.recalibration == "precise" else logits_of(self.model, arrays)
+        chosen = precise if self.trial.recalibration == "precise" else logits_of(self.module, arrays)
         found: dict[str, float] = {}
         for kind, logits in (("", chosen), ("_precise", precise)):
             exact = self.finite(scores(logits, arrays.y))
@@ -379,7 +376,7 @@ class _Run:
         if part == "val":
             return self.split.val
         arrays = load_test(trial.data, trial.data_seed, folder=self.place.data, **trial.data_options)
-        return arrays.to(self.place.device)
+        return _first(arrays, trial.n_eval).to(self.place.device)
 
     def keep_weights(self) -> None:
         """Write the weights of a confirmed row; a study keeps the best of each cell and arm."""

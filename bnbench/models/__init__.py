@@ -7,8 +7,10 @@ from bnbench.models.base import (
     ParameterCount,
     Slot,
     build_model,
+    check_last_norm,
     describe,
     model,
+    norm_scales,
     output_layer,
 )
 from bnbench.models.init import initialize
@@ -20,8 +22,10 @@ __all__ = [
     "ParameterCount",
     "Slot",
     "build_model",
+    "check_last_norm",
     "describe",
     "initialize",
     "model",
+    "norm_scales",
     "output_layer",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -49,6 +49,10 @@ class Slot:
     - ``"last"``: directly before the classifier only.
     - ``"before-norm"``: directly before the norm of every hidden layer; with the norm "none" at that place.
 
+    `last_norm_options` are changes to `norm_options` for the norm of the last hidden layer alone, the one
+    that nothing normalizes again: a residual net has it at the end of the last block's branch in norm-act,
+    before the pooling in pre-act, and behind the last addition in the other orders.
+
     The classifier has no norm, no activation and no reparametrization. A norm that replaces the activation
     (its trait) leaves the activation out. Raises BadInput for unknown names and a dropout outside [0, 1).
     """
@@ -61,6 +65,9 @@ class Slot:
     dropout_at: str = "all"
     reparam: str | None = None
     reparam_options: Mapping[str, Any] = field(default_factory=dict)
+    last_norm_options: Mapping[str, Any] = field(default_factory=dict)
+    #: Set by `at` alone: the norms of this slot are that of the last hidden layer.
+    is_last: bool = False
 
     def __post_init__(self) -> None:
         NORMS[self.norm]
@@ -75,6 +82,13 @@ class Slot:
                 raise BadInput(f"no {kind} named {name!r}{nearest(name, known)}")
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise BadInput(f"dropout is a probability in [0, 1), not {self.dropout!r}")
+
+    def at(self, index: int, depth: int) -> Slot:
+        """The slot of hidden layer `index` of `depth`: that of the last one has the changed norm options."""
+        if index < depth - 1 or not self.last_norm_options:
+            return self
+        options = {**self.norm_options, **self.last_norm_options}
+        return replace(self, norm_options=options, last_norm_options={}, is_last=True)
 
     def build_linear(self, num_inputs: int, num_features: int) -> nn.Linear:
         """Build the linear map of a hidden layer."""
@@ -102,7 +116,7 @@ class Slot:
 
         `dim` is the number of spatial axes: 0 for (N, C), 1 for (N, C, L), 2 for (N, C, H, W).
         """
-        gap = self.build_pair(num_features, dim)
+        gap = self.at(index, depth).build_pair(num_features, dim)
         if self.dropout > 0 and self.dropout_at == "all" and index < depth - 1:
             gap.add_module("dropout", nn.Dropout(self.dropout))
         return gap
@@ -130,7 +144,10 @@ class Slot:
 
     def build_norm(self, num_features: int, dim: int) -> nn.Module:
         """Build the norm alone."""
-        return build_norm(self.norm, num_features, dim, **self.norm_options)
+        layer = build_norm(self.norm, num_features, dim, **self.norm_options)
+        if self.is_last:
+            layer.is_last_norm = True  # type: ignore[assignment]
+        return layer
 
     def build_activation(self) -> nn.Module:
         """Build the activation alone: the identity where the norm replaces it."""
@@ -205,6 +222,7 @@ def build_model(
     with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
         torch.default_generator.manual_seed(0)
         built = entry.build(tuple(in_shape), num_classes, slot, **options)
+    check_last_norm(name, built, slot.last_norm_options)
     return built.to(device)
 
 
@@ -246,6 +264,21 @@ def output_layer(model: nn.Module) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         raise BadInput(f"{type(model).__name__} has no nn.Linear named 'head'; name its classifier so")
     return head
+
+
+def check_last_norm(name: str, model: nn.Module, last_norm_options: Mapping[str, Any]) -> None:
+    """Raise BadInput where there are options for the last norm and the model has built none with them."""
+    if last_norm_options and not any(getattr(module, "is_last_norm", False) for module in model.modules()):
+        raise BadInput(
+            f"model {name!r} has no last norm for last_norm_options: none is built by slot.at(index, depth)"
+        )
+
+
+def norm_scales(model: nn.Module) -> list[torch.Tensor]:
+    """The scales γ of the registered norms in a model: parameters where they are learned, else buffers."""
+    layers = tuple(entry.layer for entry in NORMS.values() if isinstance(entry.layer, type))
+    found = (getattr(module, "weight", None) for module in model.modules() if isinstance(module, layers))
+    return [scale for scale in found if isinstance(scale, torch.Tensor)]
 
 
 @dataclass(frozen=True)

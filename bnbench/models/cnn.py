@@ -30,7 +30,7 @@ class CNN(nn.Module):
         self.layers = nn.Sequential()
         for index in range(depth):
             kernel, stride = (5, 1) if index == 0 else (3, 2 if size >= 8 else 1)
-            conv = slot.build_conv(num_inputs, channels, dim, kernel=kernel, stride=stride)
+            conv = slot.at(index, depth).build_conv(num_inputs, channels, dim, kernel=kernel, stride=stride)
             gap = slot.build(channels, dim, index, depth)
             self.layers.append(nn.Sequential(OrderedDict([("conv", conv), *gap.named_children()])))
             num_inputs = channels

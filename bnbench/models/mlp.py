@@ -22,7 +22,7 @@ class MLP(nn.Module):
         self.layers = nn.Sequential()
         num_inputs = math.prod(in_shape)
         for index in range(depth):
-            linear = slot.build_linear(num_inputs, width)
+            linear = slot.at(index, depth).build_linear(num_inputs, width)
             gap = slot.build(width, 0, index, depth)
             self.layers.append(nn.Sequential(OrderedDict([("linear", linear), *gap.named_children()])))
             num_inputs = width

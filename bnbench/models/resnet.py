@@ -51,18 +51,19 @@ class Block(nn.Module):
         super().__init__()
         conv1 = slot.build_conv(num_inputs, num_features, dim, stride=stride)
         gap = slot.build(num_features, dim, index, depth)
-        conv2 = slot.build_conv(num_features, num_features, dim)
+        second = slot.at(index + 1, depth)
+        conv2 = second.build_conv(num_features, num_features, dim)
         self.branch = nn.Sequential(OrderedDict([("conv1", conv1), *gap.named_children(), ("conv2", conv2)]))
         self.before: nn.Module = nn.Identity()
         self.after: nn.Module = nn.Identity()
         if slot.order == "norm-act":
-            for name, part in slot.build_norm_parts(num_features, dim):
+            for name, part in second.build_norm_parts(num_features, dim):
                 self.branch.add_module(f"last_{name}", part)
             self.after = slot.build_activation()
         elif slot.order == "pre-act":
             self.before = slot.build_pair(num_inputs, dim)
         else:
-            self.after = slot.build_pair(num_features, dim)
+            self.after = second.build_pair(num_features, dim)
 
         self.shortcut: nn.Module = nn.Identity()
         self.projects = False
@@ -127,7 +128,7 @@ class ResNet(nn.Module):
                 )
                 self.layers.append(block)
         if slot.order == "pre-act":
-            self.final = slot.build_pair(num_features, dim)
+            self.final = slot.at(depth - 1, depth).build_pair(num_features, dim)
         else:
             for name, part in slot.build_pair(width, dim).named_children():
                 self.stem.add_module(name, part)

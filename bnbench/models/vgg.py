@@ -39,8 +39,9 @@ class VGG(nn.Module):
         for stage, num_layers in enumerate(stages):
             channels = width * min(2**stage, 8)
             for place in range(num_layers):
-                conv = slot.build_conv(num_inputs, channels, dim)
-                gap = slot.build(channels, dim, len(self.layers), depth)
+                index = len(self.layers)
+                conv = slot.at(index, depth).build_conv(num_inputs, channels, dim)
+                gap = slot.build(channels, dim, index, depth)
                 layer = nn.Sequential(OrderedDict([("conv", conv), *gap.named_children()]))
                 if place == num_layers - 1 and size >= 2:
                     layer.add_module("pool", _POOLS[dim](2))

@@ -14,7 +14,7 @@ from typing import Any
 from bnbench.registry import BadInput, nearest
 
 #: Raised when code or a default changes the numbers of a row that looks the same.
-ROW_VERSION = 1
+ROW_VERSION = 2
 
 _PLAIN = {"str": str, "int": int, "float": float, "bool": bool}
 # Beyond these, a float no longer tells neighbouring whole numbers apart, and SQLite has no whole number.
@@ -41,21 +41,31 @@ class Trial:
 
     `seed` and `score_on` seed the training together: a tuning row reads validation data, a confirmed row
     reads test data too, and both train from different random numbers on the same data (`data_seed`).
+    `n_train` is the number of training samples, `n_eval` the most validation and test samples that are read.
     `batch_size` is that of one device. `steps` is the training budget in optimizer steps; `warmup` is the
     share of it with a linearly rising learning rate; `curve_points` the number of geometrically spaced
-    evaluations on the way.
+    evaluations on the way. With `until_train_nll` the training stops earlier, at the first of some 40 equally
+    spaced evaluations whose training NLL (evaluation mode, precise statistics) is at or below that number.
+
+    `last_norm_options` are changes to `norm_options` for the norm of the last hidden layer alone.
+    `logit_scale` multiplies the logits. `gamma_decay` is an L2 penalty on the scales of norms, beside what
+    `decay_norm` gives them. `repeat` counts trainings of one row that differ in their random numbers alone:
+    one that is not 0 joins the seed of the training. With `alone` a study trains nothing beside the row, so
+    that its `time/step_ms` is that of an idle machine.
     """
 
     data: str = "mnist1d"
     data_options: Mapping[str, Any] = field(default_factory=dict)
     data_seed: int = 0
     n_train: int | None = None
+    n_eval: int | None = None
     label_noise: float = 0.0
     augment: str = "none"
     model: str = "mlp"
     model_options: Mapping[str, Any] = field(default_factory=dict)
     norm: str = "batch"
     norm_options: Mapping[str, Any] = field(default_factory=dict)
+    last_norm_options: Mapping[str, Any] = field(default_factory=dict)
     reparam: str | None = None
     order: str = "norm-act"
     activation: str = "relu"
@@ -64,21 +74,26 @@ class Trial:
     init: str = "he"
     init_scale: float = 1.0
     bias_init: str | float = "zero"
+    logit_scale: float = 1.0
     optimizer: str = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 0.0
     decay_norm: bool = False
+    gamma_decay: float = 0.0
     schedule: str = "cosine"
     warmup: float = 0.0
     clip_norm: float | None = None
     label_smoothing: float = 0.0
     batch_size: int = 64
     steps: int = 500
+    until_train_nll: float | None = None
     seed: int = 0
+    repeat: int = 0
     score_on: str = "val"
     curve_points: int = 0
     recalibration: str = "none"
+    alone: bool = False
     devices: int = 1
     num_nodes: int = 1
     precision: str = "32-true"
@@ -93,16 +108,18 @@ class Trial:
                 raise BadInput(f"{name} cannot be {shown(value)}{nearest(value, choices)}")
         for name in ("batch_size", "steps", "devices", "num_nodes"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number of 1 or more")
-        for name in ("data_seed", "seed"):
+        for name in ("data_seed", "seed", "repeat"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a whole number of 0 or more")
-        _require(self.n_train is None or self.n_train >= 1, "n_train", self.n_train, "1 or more, or None")
-        for name in ("lr", "init_scale"):
+        for name in ("n_train", "n_eval"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "1 or more, or None")
+        for name in ("lr", "init_scale", "logit_scale"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("weight_decay", "curve_points"):
+        for name in ("weight_decay", "gamma_decay", "curve_points"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(
-            self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or None"
-        )
+        for name in ("clip_norm", "until_train_nll"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "above 0, or None")
         for name in ("label_noise", "dropout", "momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         _require(0 <= self.warmup <= 1, "warmup", self.warmup, "between 0 and 1")
@@ -112,6 +129,12 @@ class Trial:
 
     def __hash__(self) -> int:
         return hash(self.key)
+
+    @property
+    def training_seed(self) -> tuple[int | str, ...]:
+        """What seeds every random number of the training; the data's is `data_seed`."""
+        repeated = ("repeat", self.repeat) if self.repeat else ()
+        return (self.seed, self.score_on, *repeated)
 
     @property
     def world_size(self) -> int:

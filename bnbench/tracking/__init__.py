@@ -2,6 +2,7 @@
 
 from bnbench.tracking.address import mask, tracking_uri
 from bnbench.tracking.live import LiveLog, Place, places
+from bnbench.tracking.pages import pages_of
 from bnbench.tracking.publish import Counts, publish
 from bnbench.tracking.publisher import Publisher
 from bnbench.tracking.runs import trial_of_run
@@ -16,6 +17,7 @@ __all__ = [
     "Store",
     "mask",
     "open_store",
+    "pages_of",
     "places",
     "publish",
     "serve_ui",

@@ -29,6 +29,9 @@ METRICS = (
     "test/acc",
     "test/ece",
     "test/gap",
+    "test/gap_calibrated",
+    "norm/gamma",
+    "train/steps",
     "steps_to_target",
     "time/step_ms",
     "time/total_s",
@@ -152,15 +155,16 @@ def training_draft(definition: Definition, entry: Entry, number: int = 0) -> Dra
     """
     start, end = span(entry)
     result, provenance = entry.result, entry.result.provenance
+    last = int(result.metrics.get("train/steps", entry.trial.steps))
     # A point of the curve comes before the final metric of the same step, which MLflow shows as the latest.
-    share = max(end - start - 1, 0) / entry.trial.steps
+    share = max(end - start - 1, 0) / last
     points = [
         Point(key, value, start + int(step * share), int(step))
         for key in CURVES
         for step, value in zip(result.curve.get("step", ()), result.curve.get(key, ()), strict=False)
     ]
     metrics = {**result.metrics, **_steps_to_target(definition, entry)}
-    points += [Point(k, metrics[k], end, entry.trial.steps) for k in METRICS if k in metrics]
+    points += [Point(k, metrics[k], end, last) for k in METRICS if k in metrics]
     tags = {**place_tags(definition, entry, "training"), "bnbench.status": result.status}
     if is_point(definition, entry):
         tags["bnbench.trial"] = str(number)
@@ -202,11 +206,14 @@ def _steps_to_target(definition: Definition, entry: Entry) -> dict[str, float]:
     return {} if steps is None else {"steps_to_target": steps}
 
 
-def arm_draft(definition: Definition, entries: Sequence[Entry], decided: str) -> Draft:
+def arm_draft(
+    definition: Definition, entries: Sequence[Entry], decided: str, timed: Sequence[Entry] = ()
+) -> Draft:
     """The run of an arm in a cell: mean over replicates with its 95 % interval (Student's t), step = n.
 
     Of a study that confirms these are the arm's own trainings on test data; of one that sweeps, the best
-    of each grid on validation data. A diverged training counts with the scores that its record gives.
+    of each grid on validation data. A diverged training counts with the scores that its record gives. `timed`
+    are the rows that measured the time of a step alone.
     """
     cell, arm = entries[0].cell, entries[0].arm
     start, end = span(*entries)
@@ -222,6 +229,8 @@ def arm_draft(definition: Definition, entries: Sequence[Entry], decided: str) ->
     values: dict[str, float] = {"n": len(judged), "n_diverged": diverged}
     if judged:
         values["lr_median"] = statistics.median(e.trial.lr for e in judged)
+    if alone := [e["time/step_ms"] for e in timed if "time/step_ms" in e.result.metrics]:
+        values["step_ms_alone"] = statistics.median(alone)
     for key in (f"{split}/acc", f"{split}/loss"):
         seen = [x for e in judged if math.isfinite(x := e.result.metrics.get(key, math.nan))]
         if seen:

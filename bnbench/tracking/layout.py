@@ -3,7 +3,8 @@
 Experiment `bnbench/<study>/<preset>`: a run an arm of a cell (what people compare), below it a run a
 confirmed training or a swept grid, and one `verdict` run a definition. What chooses is in
 `bnbench/<study>/<preset>/tuning`, because it would bury the rest: a run a grid of learning rates, and a run a
-search of a space, below which every trial is a run.
+search of a space, below which every trial is a run. A step time that was measured alone is a metric of the
+arm, since its row has nothing else to tell.
 """
 
 from __future__ import annotations
@@ -56,8 +57,11 @@ def items(
     arms: dict[tuple[str, str], list[Entry]] = {}
     grids: dict[str, list[Entry]] = {}
     searches: dict[str, list[Entry]] = {}
+    timed: dict[tuple[str, str], list[Entry]] = {}
     for entry in table.entries:
-        if entry.role not in ("tune", "shortlist"):
+        if entry.role == "timing":
+            timed.setdefault((entry.cell, entry.arm), []).append(entry)
+        elif entry.role not in ("tune", "shortlist"):
             arms.setdefault((entry.cell, entry.arm), []).append(entry)
         if is_grid(definition, entry):
             grids.setdefault(item_name(definition, entry), []).append(entry)
@@ -65,8 +69,9 @@ def items(
             searches.setdefault(search_name(definition, entry), []).append(entry)
     for (cell, arm), entries in arms.items():
         decided = _decided(definition, verdicts, cell, arm)
-        mark = _digest([decided, *map(_attempt, entries)])
-        draft = partial(arm_draft, definition, entries, decided)
+        alone = timed.get((cell, arm), [])
+        mark = _digest([decided, *map(_attempt, [*entries, *alone])])
+        draft = partial(arm_draft, definition, entries, decided, alone)
         yield Item(arm_name(definition, cell, arm), mark, definition.experiment, None, None, draft)
         for entry in entries:
             if not is_grid(definition, entry):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bnbench.study.programs import choose, setting
-from bnbench.study.space import point_of
+from bnbench.study.space import Space, point_of
 from bnbench.study.table import Entry
 from bnbench.study.trial import Trial
 from bnbench.tracking.draft import (
@@ -68,12 +68,13 @@ def search_draft(definition: Definition, entries: Sequence[Entry]) -> Draft:
     score. The parameters are those of the best point.
     """
     first, (start, end) = entries[0], span(*entries)
+    space = definition.spaces[first.cell, first.arm]
     tries: dict[Trial, list[Entry]] = {}
     for entry in entries:
         tries.setdefault(setting(entry.trial), []).append(entry)
     points, rows, best = [], [], -math.inf
     for number, (chosen, found) in enumerate(tries.items()):
-        point = _labels(definition, first, chosen)
+        point = point_of(space, chosen)
         rows += [table_row(e, trial=number, replicate=e.replicate, **point) for e in found]
         if any(e.result.status == "failed" for e in found):
             continue
@@ -86,7 +87,7 @@ def search_draft(definition: Definition, entries: Sequence[Entry]) -> Draft:
     tags = {
         **place_tags(definition, first, "search"),
         "bnbench.status": "failed" if chosen_row is None else "done",
-        "mlflow.note.content": _note(definition, entries, list(tries), chosen_row)[:LONGEST_TAG],
+        "mlflow.note.content": _note(space, entries, list(tries), chosen_row)[:LONGEST_TAG],
         **SHOW_TABLE,
     }
     params = trial_params(chosen_row or first.trial, leave_out=("seed", "data_seed"))
@@ -94,14 +95,12 @@ def search_draft(definition: Definition, entries: Sequence[Entry]) -> Draft:
     return Draft(name, tags, start, end, params, finite(points), {TABLE: as_table(rows)})
 
 
-def _note(
-    definition: Definition, entries: Sequence[Entry], tries: Sequence[Trial], best: Trial | None
-) -> str:
+def _note(space: Space, entries: Sequence[Entry], tries: Sequence[Trial], best: Trial | None) -> str:
     """What was tried and what was best: `40 trials; 1 diverged; best: t17 (lr 0.3, dropout none)`."""
     note = f"{len(tries)} trials" if len(tries) == len(entries) else f"{len(tries)} points on the same data"
     note += _casualties(entries)
     if best is not None:
-        labels = ", ".join(f"{k} {v}" for k, v in _labels(definition, entries[0], best).items())
+        labels = ", ".join(f"{k} {v}" for k, v in point_of(space, best).items())
         note += f"; best: t{tries.index(best)} ({labels})"
     return note
 
@@ -110,14 +109,6 @@ def _casualties(entries: Sequence[Entry]) -> str:
     """How many trainings diverged and failed: `; 2 diverged; 1 failed`, or nothing."""
     counts = Counter(entry.result.status for entry in entries)
     return "".join(f"; {counts[status]} {status}" for status in ("diverged", "failed") if counts[status])
-
-
-def _labels(definition: Definition, place: Entry, trial: Trial) -> dict[str, Any]:
-    """The point that a row stands for; empty where the definition has no such space any more."""
-    try:
-        return point_of(definition.spaces[place.cell, place.arm], trial)
-    except LookupError:
-        return {}  # The smoke preset trains other steps than the point says.
 
 
 def table_row(entry: Entry, **first: Any) -> dict[str, Any]:
