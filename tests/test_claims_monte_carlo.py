@@ -1,15 +1,15 @@
 """What the judge does over many random tables: error rates, coverage, power, and invariances."""
 
-import functools
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats as scipy_stats
 
 from bnbench.study import Table
 from bnbench.study.claims import judge
-from tests.verdict_tables import DELTA, effect, hypothesis, judge_one, row, rows, study
+from bnbench.study.error_rates import PROMISES, World, draw, measure_rates, outcomes, pool_twice
+from tests.verdict_tables import DELTA, hypothesis, judge_one, rows, study
 
 small = st.floats(-3, 3).map(lambda x: round(x, 3))
 draws = st.lists(small, min_size=5, max_size=12).filter(lambda v: max(v) - min(v) > 0.01)
@@ -50,51 +50,109 @@ def test_a_verdict_depends_neither_on_the_order_of_replicates_nor_of_rows(values
     assert mixed_up == one
 
 
-def judge_many(draws, *, size=1, kind="greater"):
-    """One verdict a line of draws (hypotheses x replicates), by one call of the real judge."""
-    count, n = draws.shape
-    hypotheses = [
-        hypothesis(f"h{i}", kind=kind, estimand=functools.partial(effect, metric=f"e{i}"))
-        for i in range(count)
-    ]
-    entries = [
-        e
-        for r in range(n)
-        for e in (row("batch", r, **{f"e{i}": x for i, x in enumerate(draws[:, r])}), row("none", r))
-    ]
-    return judge(study(*hypotheses, replicates=n), "quick", Table(tuple(entries)), {"C": size})
+def decide_by_arrays(world, tables, seed=0):
+    """Bounds and decisions of whole arrays of tables at once, written without the judge."""
+    accuracies = draw(world, tables, seed)
+    differences = accuracies[..., 1] - accuracies[..., 0]
+    mean, sd = differences.mean(-1), differences.std(-1, ddof=1)
+    n = world.replicates
+    half = scipy_stats.t.ppf(1 - 0.025 / world.cells, n - 1) * sd / np.sqrt(n)
+    low, high = mean - half, mean + half
+    if world.kind == "greater":
+        supported, refuted = (low > 0) & (high >= 1), high < 1
+    else:
+        supported, refuted = (low > -1) & (high < 1), (low > 1) | (high < -1)
+    spread = sd > 1e-9
+    return (
+        np.where(spread, low, -np.inf),
+        np.where(spread, high, np.inf),
+        supported & spread,
+        refuted & spread,
+    )
 
 
-MANY = 400
+def family_misses(world, tables):
+    """How often any interval of a table misses its truth."""
+    low, high, _, _ = decide_by_arrays(world, tables)
+    truth = np.asarray(world.truth)
+    return ((low > truth) | (high < truth)).any(1).mean()
 
 
-def test_with_no_effect_the_interval_misses_zero_at_its_nominal_rate():
-    verdicts = judge_many(np.random.default_rng(1).normal(0, 0.8, (2 * MANY, 10)))
-    assert 0.03 <= np.mean([v.low > 0 or v.high < 0 for v in verdicts]) <= 0.06
-    assert np.mean([v.p_sign_flip <= 0.05 for v in verdicts]) <= 0.06
-    assert np.mean([v.decision == "SUPPORTED" for v in verdicts]) <= 0.035
+@pytest.mark.parametrize(
+    "world",
+    [
+        World(cells=4),
+        World((1.0, 2.0), replicates=5, shape="tied", cells=3),
+        World((2.0, 0.0), sd=0.5),
+        World((0.0, 1.0, 3.0), sd=0.4, kind="equivalent", shape="exponential", cells=3),
+    ],
+    ids=str,
+)
+def test_the_judge_decides_as_a_computation_over_whole_arrays_does(world):
+    found = list(outcomes(world, 40, seed=0))
+    low, high, supported, refuted = decide_by_arrays(world, 40)
+    for table, outcome in enumerate(found):
+        for cell, verdict in enumerate(outcome.verdicts):
+            decision = "SUPPORTED" if supported[table, cell] else "REFUTED" if refuted[table, cell] else ""
+            assert verdict.decision == (decision or "INCONCLUSIVE")
+            if verdict.low is None:
+                assert np.isinf(low[table, cell])
+            else:
+                assert (verdict.low, verdict.high) == pytest.approx((low[table, cell], high[table, cell]))
+    assert len({v.decision for outcome in found for v in outcome.verdicts}) > 1
 
 
+MANY = 40_000
+SHAPES = ("normal", "gamma", "exponential", "tied")
+
+
+@pytest.mark.parametrize("cells", [1, 4, 6, 12])
 @pytest.mark.parametrize("n", [5, 10, 20])
-def test_the_interval_covers_normal_differences_at_its_level(n):
-    draws = np.random.default_rng(n).normal(0.7, 2.0, (MANY, n))
-    covered = np.mean([v.low <= 0.7 <= v.high for v in judge_many(draws)])
-    assert 0.93 <= covered <= 0.97
+def test_a_family_of_independent_cells_errs_as_often_as_bonferroni_says(cells, n):
+    world = World(cells=cells, replicates=n)
+    assert family_misses(world, MANY) == pytest.approx(1 - (1 - 0.05 / cells) ** cells, abs=0.0035)
 
 
-def test_the_interval_covers_skewed_and_tied_differences_somewhat_less():
-    generator = np.random.default_rng(2)
-    skewed = generator.exponential(1.0, (MANY, 10))
-    assert 0.87 <= np.mean([v.low <= 1 <= v.high for v in judge_many(skewed)]) <= 0.93
-    tied = generator.integers(-1, 2, (MANY, 10)).astype(float)
-    assert 0.93 <= np.mean([v.low is not None and v.low <= 0 <= v.high for v in judge_many(tied)]) <= 0.98
+@pytest.mark.parametrize(
+    "world",
+    [
+        *(World(shape=shape, replicates=n) for shape in SHAPES[1:] for n in (5, 10, 20)),
+        World(correlation=0.5),
+        World(correlation=0.9),
+    ],
+    ids=str,
+)
+def test_the_same_arm_twice_differs_no_more_often_than_that_whatever_its_noise(world):
+    assert 0.01 <= family_misses(world, MANY) <= 0.053
 
 
-def test_an_effect_of_twice_delta_is_supported_and_none_is_refuted_at_the_studies_noise():
-    # Paired sd of .8 pp with tuning inside the replicate, delta 1 pp, 6 primary cells.
-    generator = np.random.default_rng(3)
-    supported = [v.decision for v in judge_many(generator.normal(2 * DELTA, 0.8, (200, 10)), size=6)]
-    assert supported.count("SUPPORTED") >= 0.95 * 200
-    refuted = [v.decision for v in judge_many(generator.normal(0, 0.8, (200, 20)), size=6)]
-    assert refuted.count("REFUTED") >= 0.95 * 200
-    assert refuted.count("SUPPORTED") <= 2
+SKEWED = [promise for promise in PROMISES if promise.world.skewed]
+
+
+@pytest.mark.parametrize("promise", SKEWED, ids=lambda promise: str(promise.world))
+def test_what_an_interval_is_known_to_miss_is_about_what_it_misses(promise):
+    assert promise.bound - 0.013 <= family_misses(promise.world, MANY) <= promise.bound + 0.003
+
+
+@pytest.mark.parametrize("effect", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("n", [5, 10, 20])
+def test_power_is_that_of_the_noncentral_t(effect, n):
+    world = World((effect,), replicates=n)
+    low, _, _, _ = decide_by_arrays(world, MANY // 4)
+    border = scipy_stats.t.ppf(1 - 0.025 / world.cells, n - 1)
+    power = scipy_stats.nct.sf(border, n - 1, effect / world.sd * np.sqrt(n))
+    assert (low > 0).mean() == pytest.approx(power, abs=0.01)
+
+
+def test_an_effect_of_twice_delta_is_found_nearly_always_at_the_noise_of_the_studies():
+    _, _, supported, _ = decide_by_arrays(World((2.0,)), MANY)
+    assert supported.mean() >= 0.99
+
+
+@pytest.mark.parametrize("tables", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_the_judge_keeps_all_its_promises(tables):
+    rates = measure_rates(PROMISES, tables)
+    rates = (*rates, pool_twice(rates))
+    assert [rate for rate in rates if not rate.is_kept] == []
+    assert {promise.world.cells for promise in PROMISES} >= {1, 4, 6, 12}
+    assert {promise.world.replicates for promise in PROMISES} == {5, 10, 20}

@@ -10,7 +10,8 @@ from scipy import stats as scipy_stats
 
 from bnbench.registry import BadInput
 from bnbench.study import Table
-from bnbench.study.claims import ClaimVerdict, Verdict, adjust, from_json, judge, judge_claim, to_json
+from bnbench.study.claims import adjust, judge, judge_claim
+from bnbench.study.verdicts import ClaimVerdict, Verdict, from_json, to_json
 from tests.verdict_tables import GOOD, between, changed, hypothesis, judge_one, study
 
 
@@ -131,11 +132,45 @@ def test_hypotheses_of_different_kinds_are_not_compared():
     assert judge_claim("C", [supported, refuted]).decision == "INCONCLUSIVE"
 
 
+def turned(verdicts):
+    return [dataclasses.replace(v, against=True) for v in verdicts]
+
+
+@pytest.mark.parametrize(
+    ("decisions", "decision"),
+    [("R", "SUPPORTED"), ("RRI", "SUPPORTED"), ("S", "REFUTED"), ("SI", "INCONCLUSIVE"), ("SR", "MIXED")],
+)
+def test_a_sentence_that_contradicts_its_claim_counts_the_other_way_round(decisions, decision):
+    verdict = judge_claim("C", turned(cells_of(decisions)))
+    assert verdict.decision == decision
+    assert (verdict.n_supported, verdict.n_refuted) == (decisions.count("R"), decisions.count("S"))
+    if decision == "MIXED":
+        assert verdict.condition == "supported in R1 (C.a); refuted in S0 (C.a)"
+
+
+def test_sentences_for_and_against_a_claim_add_up():
+    """One cell supports the claim's sentence; the other refutes the sentence that contradicts it."""
+    agreeing = [*cells_of("S", size=2), *turned(cells_of("R", size=2))]
+    assert judge_claim("C", agreeing).decision == "SUPPORTED"
+    # Both sentences supported: the claim holds and does not, by numbers that cannot be compared.
+    opposed = [judge_one(between(1.5, 2.5)), *turned([judge_one(between(4.5, 5.5))])]
+    assert [v.decision for v in opposed] == ["SUPPORTED", "SUPPORTED"]
+    assert judge_claim("C", opposed).decision == "INCONCLUSIVE"
+
+
+def test_the_judge_hands_on_that_a_sentence_contradicts_its_claim():
+    verdict = judge_one(GOOD, the_hypothesis=hypothesis(against=True))
+    assert (verdict.against, verdict.decision, verdict.on_claim) == (True, "SUPPORTED", "REFUTED")
+    assert judge_one(between(-0.5, 1.5), the_hypothesis=hypothesis(against=True)).on_claim == "INCONCLUSIVE"
+    assert (judge_one(GOOD).against, judge_one(GOOD).on_claim) == (False, "SUPPORTED")
+
+
 def all_kinds_of_verdicts():
     claim = judge_claim("C", adjust(cells_of("SRI"), {"C": 3}))
     (missing,) = judge(study(), "quick", Table(()), {"C": 1})
     diverged = judge_one(GOOD, better=changed(3, status="diverged"))
-    return [claim, *claim.cells, missing, judge_one([2.0] * 10), judge_one([2.0]), diverged]
+    bounds = judge_one(GOOD, allows={3: "support"}, the_hypothesis=hypothesis(against=True))
+    return [claim, *claim.cells, missing, judge_one([2.0] * 10), judge_one([2.0]), diverged, bounds]
 
 
 @pytest.mark.parametrize("verdict", all_kinds_of_verdicts(), ids=lambda v: type(v).__name__)

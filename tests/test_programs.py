@@ -21,6 +21,7 @@ from bnbench.study.programs import (
     measure,
     planned_rows,
     programs_of,
+    rank,
     setting,
 )
 from tests.pilot_study import ARMS, CELLS, design, drive, invented, study
@@ -52,6 +53,14 @@ def test_the_best_rate_is_chosen_by_accuracy_then_loss_then_size(
     for order in (lines, lines[::-1]):
         found = choose(order)
         assert (None if found is None else found.lr) == chosen
+
+
+def test_a_setting_that_reaches_the_training_loss_is_chosen_before_a_more_accurate_one() -> None:
+    lines = [line(0.1, 0.9), line(0.3, 0.5), line(0.3, 0.5, replicate=1), line(1.0, 0.4)]
+    reached = [0.0, 1.0, 0.0, 1.0]
+    for entry, value in zip(lines, reached, strict=True):
+        entry.result.metrics["train/reached"] = value  # type: ignore[index]
+    assert [found.lr for found in rank(lines)] == [1.0, 0.3, 0.1]
 
 
 def places(rows: list) -> Counter:  # type: ignore[type-arg]

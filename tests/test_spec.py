@@ -95,10 +95,17 @@ def refusal(make: Callable[[], Any]) -> str:
         (lambda: study(hypotheses=(hypothesis(), hypothesis())), "hypothesis 'C1.a' is declared twice"),
         (lambda: study(quick=None), "study 'pilot': quick must be a Design, not None"),
         (lambda: study(baseline="nnoe"),
-         "as its baseline an arm 'nnoe' that is not declared; did you mean 'none'"),
-        (lambda: study(baseline=None), "as its baseline an arm None that is not declared"),
+         "as its baseline in cell 'mlp' an arm 'nnoe' that is not declared; did you mean 'none'"),
+        (lambda: study(baseline=None), "as its baseline in cell 'mlp' an arm None that is not declared"),
         (lambda: study(hypotheses=(hypothesis(better=("bacth",)),)),
-         "quick reads in hypothesis 'C1.a' an arm 'bacth' that is not declared; did you mean 'batch'?"),
+         "quick reads in hypothesis 'C1.a' and cell 'mlp' an arm 'bacth' that is not declared; did you mean 'batch'?"),
+        (lambda: study(quick=design(arms=(ARMS[0], Arm("batch", cells=("cnn",)), ARMS[2]))),
+         "quick reads in hypothesis 'C1.a' and cell 'mlp' an arm 'batch' that is not declared"),
+        (lambda: study(quick=design(arms=(Arm("none", norm="none", cells=("cnn",)), *ARMS[1:]))),
+         "quick reads as its baseline in cell 'mlp' an arm 'none' that is not declared"),
+        (lambda: design(arms=(Arm("batch", cells=("cn",)),)),
+         "arm 'batch' names a cell 'cn' that is not declared; did you mean 'cnn'?"),
+        (lambda: Arm("batch", cells="cnn"), "arm 'batch': cells must be a tuple"),
         (lambda: study(hypotheses=(hypothesis(cells=("mpl",)),)),
          "hypothesis 'C1.a' names a cell 'mpl' that is not declared; did you mean 'mlp'?"),
         (lambda: study(hypotheses=(hypothesis(half_width={"cn": 1.0}),)),
@@ -214,9 +221,12 @@ def test_a_row_is_the_base_changed_by_cell_arm_and_point() -> None:
 
 
 def test_smoke_is_the_full_design_for_two_steps_at_one_learning_rate() -> None:
-    smoke = study(full=design(tuning="once", replicates=7)).design("smoke")
+    smoke = study(full=design(tuning="once", replicates=7, timing_steps=50)).design("smoke")
     assert (smoke.lr, smoke.replicates, smoke.tuning) == ((0.01,), 1, "per_replicate")
+    assert (smoke.curve_points, smoke.timing_steps) == (1, 2)
     assert smoke.trial(smoke.cells[1], smoke.arms[0], 0).steps == 2
+    none = study(full=design(curve_points=0)).design("smoke")
+    assert (none.curve_points, none.timing_steps) == (0, 0)
     cifar = study(full=design(base=Trial(data="cifar10"))).design("smoke")
     assert cifar.trial(cifar.cells[0], cifar.arms[0], 0).data_options == {"synthetic": True}
     assert study(full=design(lr=(0.1,))).design("smoke").lr == (0.1,)
@@ -248,6 +258,7 @@ CHANGES: dict[str, Callable[[], Study]] = {
     "the grid": lambda: study(quick=design(lr=(0.01, 0.1, 1.1))),
     "the replicates": lambda: study(quick=design(replicates=3)),
     "the tuning": lambda: study(quick=design(tuning="once")),
+    "the timed steps": lambda: study(quick=design(timing_steps=50)),
     "the curve": lambda: study(quick=design(curve_points=25)),
     "the program": lambda: study(program="sweep"),
     "the baseline": lambda: study(baseline="group"),

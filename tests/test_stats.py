@@ -1,5 +1,7 @@
 """The statistics behind verdicts, against enumeration, scipy, statsmodels and published tables."""
 
+import doctest
+import inspect
 import itertools
 import math
 
@@ -199,57 +201,12 @@ def test_cliffs_delta_of_differences_against_zero_counts_signs():
         stats.cliffs_delta([], (0.0,))
 
 
-def test_page_trend_counts_rank_products():
-    rows = [[1, 2, 3, 4], [1, 3, 2, 4], [2, 1, 3, 4]]
-    level_of_column = range(1, 5)
-    expected = sum(j * rank for row in rows for j, rank in zip(level_of_column, row, strict=True))
-    statistic, p = stats.page_trend(rows)
-    products = [
-        sum(j * r for j, r in zip(level_of_column, row, strict=True))
-        for row in itertools.permutations(range(1, 5))
-    ]
-    sums = [a + b + c for a in products for b in products for c in products]
-    assert statistic == expected
-    assert p == pytest.approx(np.mean(np.asarray(sums) >= expected))
+def test_the_examples_in_the_docstrings_give_what_they_say():
+    found = doctest.testmod(stats)
+    assert found.attempted >= 8 and found.failed == 0
 
 
-def test_average_ranks_share_ties_and_put_the_highest_first():
-    assert stats.average_ranks([[0.9, 0.8, 0.7], [0.5, 0.5, 0.1]]) == (1.25, 1.75, 3.0)
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    st.integers(2, 6).flatmap(
-        lambda k: st.lists(st.lists(numbers, min_size=k, max_size=k), min_size=1, max_size=6)
-    )
-)
-def test_average_ranks_add_up(rows):
-    k = len(rows[0])
-    assert sum(stats.average_ranks(rows)) == pytest.approx(k * (k + 1) / 2)
-
-
-@pytest.mark.parametrize(("k", "q"), [(2, 1.960), (3, 2.343), (5, 2.728), (10, 3.164)])
-def test_critical_difference_uses_the_published_table(k, q):
-    # Demšar 2006, table 5a: the two-tailed Nemenyi test at .05.
-    assert stats.critical_difference(k, 14) == pytest.approx(q * math.sqrt(k * (k + 1) / (6 * 14)), abs=1e-3)
-
-
-def test_friedman_p_is_that_of_the_rank_formula():
-    rows = [[3.0, 2.0, 1.0], [9.0, 4.0, 2.0], [5.0, 1.0, 2.0], [8.0, 7.0, 3.0]]
-    n, k = 4, 3
-    ranks = np.asarray(stats.average_ranks(rows))
-    chi2 = 12 * n / (k * (k + 1)) * (np.sum(ranks**2) - k * (k + 1) ** 2 / 4)
-    assert stats.friedman_p(rows) == pytest.approx(scipy_stats.chi2.sf(chi2, k - 1))
-    assert stats.friedman_p([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]) is None
-
-
-@pytest.mark.parametrize("rows", [[], [[1.0, 2.0, 3.0], [1.0, 2.0]], [[1.0, 2.0]]])
-def test_rank_tests_refuse_ragged_or_narrow_tables(rows):
-    for function in (stats.page_trend, stats.friedman_p):
-        with pytest.raises(BadInput, match="each with 3 columns or more"):
-            function(rows)
-
-
-def test_critical_difference_refuses_one_column():
-    with pytest.raises(BadInput, match="2 columns"):
-        stats.critical_difference(1, 10)
+def test_the_exported_names_are_all_that_is_public():
+    public = [n for n, x in vars(stats).items() if not n.startswith("_") and inspect.isfunction(x)]
+    assert sorted(public) == sorted(n for n in stats.__all__ if inspect.isfunction(getattr(stats, n)))
+    assert all(getattr(stats, name).__doc__ for name in public)

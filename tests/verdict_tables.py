@@ -24,15 +24,45 @@ def hypothesis(name="C.a", **changes):
     return Hypothesis(name, **{**values, "other": ("none",), **changes})
 
 
-def study(*hypotheses, cells=MLP, replicates=10, program="search", tuning="per_replicate", lr=GRID):
-    design = Design(Trial(), tuple(cells), (Arm("none", norm="none"), Arm("batch")), lr, replicates, tuning)
+def study(
+    *hypotheses,
+    cells=MLP,
+    replicates=10,
+    program="search",
+    tuning="per_replicate",
+    lr=GRID,
+    arms=("none", "batch"),
+):
+    different = tuple(Arm(name, dropout=i / 10) for i, name in enumerate(arms))
+    design = Design(Trial(), tuple(cells), different, lr, replicates, tuning)
     return Study("s", "?", hypotheses or (hypothesis(),), design, design, baseline="none", program=program)
 
 
-def row(arm, replicate, *, cell="mlp", role="own", lr=0.1, status="done", reason="", **metrics):
+def curve(steps, budget, target):
+    """A curve of accuracy that first reaches the target at this step, or never where it is None."""
+    points = (
+        ((1, 0.1), (budget, target / 2)) if steps is None else ((1, 0.1), (steps, target), (budget, target))
+    )
+    return dict(zip(("step", "val/acc"), zip(*points, strict=True), strict=True))
+
+
+def row(
+    arm,
+    replicate,
+    *,
+    cell="mlp",
+    role="own",
+    lr=0.1,
+    steps=500,
+    status="done",
+    reason="",
+    curve=None,
+    **metrics,
+):
     values = {"chance": 0.1, "val/acc": 0.9, "train/acc": 0.99}
     values |= {name.replace("_", "/", 1): value for name, value in metrics.items()}
-    return Entry(cell, arm, replicate, role, Trial(lr=lr), Result(status, values, reason=reason))
+    result = Result(status, values, curve or {}, reason)
+    return Entry(cell, arm, replicate, role, Trial(lr=lr, steps=steps), result)
 
 
 def rows(values, *, cell="mlp", allows=(), better=(), other=()):

@@ -8,7 +8,9 @@ numbers to be seen. The first gate of this order is named:
 incomplete      a row that the hypothesis needs is missing or failed; only the count n is shown
 low_power       fewer than 5 replicates
 diverged        over 20 % of the own rows of an arm in `better` diverged (program search)
-under_trained   an arm in `other` (in `better` if there is none) misses the cell's `min_train_acc` (search)
+under_trained   an arm in `other` (in `better` if there is none) misses the cell's `min_train_acc` (search);
+                with label noise it is the noisy labels that must be learned, so such a cell has a constant
+                of its own, or none
 tuning_edge     over 20 % of the replicates pick an end of the grid, in an arm on a grid that trains at all
 censored        what was not observed could change the decision
 no_spread       all replicates give the same number, so there is no interval
@@ -17,24 +19,19 @@ no_spread       all replicates give the same number, so there is no interval
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Literal
 
 from bnbench.registry import BadInput, nearest
 from bnbench.study import stats
 from bnbench.study.design import Cell, Design
-from bnbench.study.estimands import TRAINS_AT_ALL
+from bnbench.study.estimands import TRAINS_AT_ALL, metric_slope, rising_doses
 from bnbench.study.spec import Estimate, Hypothesis, Study
 from bnbench.study.table import Entry, Replicate, Table
-
-Decision = Literal["SUPPORTED", "REFUTED", "INCONCLUSIVE"]
-Gate = Literal[
-    "", "incomplete", "low_power", "diverged", "under_trained", "tuning_edge", "censored", "no_spread"
-]
-Label = Literal["", "negligible", "reversed", "at_least_delta", "size_uncertain"]
+from bnbench.study.verdicts import ClaimVerdict, Decision, Gate, Label, Verdict
 
 #: The chance of any false verdict in a claim's family.
 ALPHA = 0.05
@@ -48,74 +45,6 @@ MIN_TRAIN_ACC = "min_train_acc"
 _LARGEST = 1e100
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What one cell says about one hypothesis, with the numbers behind it.
-
-    `low` and `high` bound the mean at `level`; `p` is Student's, `p_sign_flip` exact, `p_holm` the latter
-    adjusted in the claim's family (primary hypotheses only, filled by :func:`adjust`), all two-sided and
-    against 0. `bca` is a bootstrap interval at .95; `cliffs_delta` is within pairs. `values` are the
-    replicates' numbers and `allows` what censoring lets them show. `n_diverged` counts an arm's diverged own
-    rows (of a sweep: grid rows), `edge` is the share of replicates that picked an end of the grid. `reason`
-    says in words why the gate closed.
-    """
-
-    study: str
-    hypothesis: str
-    claim: str
-    cell: str
-    kind: Literal["greater", "equivalent"]
-    delta: float
-    unit: str
-    primary: bool
-    level: float
-    family_size: int
-    n: int
-    decision: Decision = "INCONCLUSIVE"
-    label: Label = ""
-    gate: Gate = ""
-    reason: str = ""
-    tuning: Literal["per_replicate", "once", ""] = ""
-    estimate: float | None = None
-    low: float | None = None
-    high: float | None = None
-    half_width: float | None = None
-    expected_half_width: float | None = None
-    p: float | None = None
-    p_sign_flip: float | None = None
-    p_holm: float | None = None
-    bca: tuple[float, float] | None = None
-    d_z: float | None = None
-    cliffs_delta: float | None = None
-    values: tuple[float, ...] = ()
-    allows: tuple[str, ...] = ()
-    n_diverged: Mapping[str, int] = field(default_factory=dict)
-    edge: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def caveat(self) -> str:
-        """What must be said beside the decision, or nothing."""
-        parts = ["conditional on one tuning"] if self.tuning == "once" else []
-        return ", ".join(parts if self.primary else ["exploratory", *parts])
-
-
-@dataclass(frozen=True)
-class ClaimVerdict:
-    """What all primary cells of a claim say together.
-
-    `n_cells` counts the declared ones; `cells` are those that were judged. `condition` names where a MIXED
-    claim holds and where it does not.
-    """
-
-    claim: str
-    decision: Literal["SUPPORTED", "REFUTED", "MIXED", "INCONCLUSIVE"]
-    n_cells: int
-    n_supported: int
-    n_refuted: int
-    condition: str
-    cells: tuple[Verdict, ...]
-
-
 def family_sizes(studies: Iterable[Study], preset: str) -> dict[str, int]:
     """The number of primary hypotheses times cells that each claim declares over all these studies."""
     sizes: dict[str, int] = {}
@@ -127,15 +56,18 @@ def family_sizes(studies: Iterable[Study], preset: str) -> dict[str, int]:
     return sizes
 
 
-def judge(study: Study, preset: str, table: Table, family_size: Mapping[str, int]) -> tuple[Verdict, ...]:
+def judge(
+    study: Study, preset: str, table: Table, family_size: Mapping[str, int], *, bootstrap: bool = True
+) -> tuple[Verdict, ...]:
     """Judge every hypothesis of a study in every cell of a preset, in the order of their declaration.
 
     `family_size` is what :func:`family_sizes` gives over all studies. Replicates beyond the declared ones
-    are not read. Raises BadInput for a primary hypothesis whose claim has no family size.
+    are not read. Without `bootstrap` there is no `bca`, which decides nothing and takes most of the time.
+    Raises BadInput for a primary hypothesis whose claim has no family size.
     """
     design = study.design(preset)
     return tuple(
-        _judge_cell(study, design, hypothesis, cell, table, _size(hypothesis, family_size))
+        _judge_cell(study, design, hypothesis, cell, table, _size(hypothesis, family_size), bootstrap)
         for hypothesis in study.hypotheses
         for cell in study.cells_of(hypothesis, preset)
     )
@@ -158,16 +90,16 @@ def adjust(verdicts: Sequence[Verdict], family_sizes: Mapping[str, int]) -> tupl
 
 
 def judge_claim(claim: str, verdicts: Iterable[Verdict]) -> ClaimVerdict:
-    """Judge a claim by its primary cells among these verdicts.
+    """Judge a claim by what its primary cells among these verdicts say on it.
 
     SUPPORTED if at least 2/3 of the declared primary cells are and none is REFUTED; REFUTED likewise. MIXED
-    if a SUPPORTED and a REFUTED cell of hypotheses of one kind differ: Welch's t on values/δ, Holm-adjusted
-    over all such pairs, p < .05, which says that the adjusted interval of the difference excludes 0. Else
-    INCONCLUSIVE.
+    if a SUPPORTED and a REFUTED cell of hypotheses of one kind, both for or both against the claim, differ:
+    Welch's t on values/δ, Holm-adjusted over all such pairs, p < .05, which says that the adjusted interval
+    of the difference excludes 0. Else INCONCLUSIVE.
     """
     cells = tuple(v for v in verdicts if v.primary and v.claim == claim)
-    supported = [v for v in cells if v.decision == "SUPPORTED"]
-    refuted = [v for v in cells if v.decision == "REFUTED"]
+    supported = [v for v in cells if v.on_claim == "SUPPORTED"]
+    refuted = [v for v in cells if v.on_claim == "REFUTED"]
     n_cells = max([len(cells), *(v.family_size for v in cells)])
     decision: Literal["SUPPORTED", "REFUTED", "MIXED", "INCONCLUSIVE"] = "INCONCLUSIVE"
     condition = ""
@@ -201,31 +133,6 @@ def decide(kind: str, low: float, high: float, delta: float) -> tuple[Decision, 
     return "INCONCLUSIVE", ""
 
 
-def to_json(verdict: Verdict | ClaimVerdict) -> dict[str, Any]:
-    """A verdict as plain values for JSON; every number is finite and keeps all its digits."""
-    values: dict[str, Any] = {}
-    for f in dataclasses.fields(verdict):
-        value = getattr(verdict, f.name)
-        if isinstance(value, tuple):
-            value = [to_json(item) if isinstance(item, Verdict) else item for item in value]
-        values[f.name] = dict(value) if isinstance(value, Mapping) else value
-    return values
-
-
-def from_json(values: Mapping[str, Any]) -> Verdict | ClaimVerdict:
-    """The verdict that :func:`to_json` wrote. Raises BadInput for a field that no verdict has."""
-    kind: type[Verdict] | type[ClaimVerdict] = ClaimVerdict if "cells" in values else Verdict
-    known = [f.name for f in dataclasses.fields(kind)]
-    plain: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in known:
-            raise BadInput(f"a {kind.__name__} has no field {name!r}{nearest(name, known)}")
-        if isinstance(value, list | tuple):
-            value = tuple(from_json(item) if isinstance(item, Mapping) else item for item in value)
-        plain[name] = value
-    return kind(**plain)
-
-
 def _declared(claim: str, sizes: Mapping[str, int]) -> int:
     if claim not in sizes:
         raise BadInput(f"no family size for claim {claim!r}{nearest(claim, sizes)}")
@@ -237,7 +144,13 @@ def _size(hypothesis: Hypothesis, sizes: Mapping[str, int]) -> int:
 
 
 def _judge_cell(
-    study: Study, design: Design, hypothesis: Hypothesis, cell: Cell, table: Table, family_size: int
+    study: Study,
+    design: Design,
+    hypothesis: Hypothesis,
+    cell: Cell,
+    table: Table,
+    family_size: int,
+    bootstrap: bool,
 ) -> Verdict:
     there = {replicate.index: replicate for replicate in table.replicates(cell.name, cell.constants)}
     estimates: list[Estimate] = []
@@ -258,6 +171,7 @@ def _judge_cell(
         delta=hypothesis.delta_in(cell),
         unit=hypothesis.unit,
         primary=hypothesis.primary,
+        against=hypothesis.against,
         level=1 - ALPHA / family_size,
         family_size=family_size,
         n=len(estimates),
@@ -268,7 +182,8 @@ def _judge_cell(
         more = f" (and {len(missing) - 1} more replicates)" if len(missing) > 1 else ""
         return dataclasses.replace(verdict, gate="incomplete", reason=missing[0] + more)
     replicates = [there[index] for index in range(design.replicates)]
-    verdict = _measure(verdict, estimates)
+    verdict = _measure(verdict, estimates, bootstrap)
+    verdict = _follow_doses(verdict, hypothesis, replicates)
     if study.program == "search":
         rows = {arm: [r.own(arm) for r in replicates] for arm in _arms(hypothesis)}
         ends = (design.lr[0], design.lr[-1])
@@ -293,8 +208,9 @@ def _observe(study: Study, design: Design, hypothesis: Hypothesis, replicate: Re
     grid = list(design.lr)
     for arm in _arms(hypothesis):
         for entry in replicate.entries:
-            # A failed common row counts only if the estimand reads it, and is then missed below.
-            if entry.arm == arm and entry.role != "common" and entry.result.status == "failed":
+            # A failed common or timing row counts only if the estimand reads it, and is then missed below.
+            counts = entry.role not in ("common", "timing")
+            if counts and entry.arm == arm and entry.result.status == "failed":
                 raise LookupError(f"{arm!r} failed at lr {entry.trial.lr:g}: {entry.result.brief}")
         tried = [entry.trial.lr for entry in replicate.grid(arm)]
         whole = tried == grid or (bool(tried) and _is_searched(design, arm, replicate.cell))
@@ -319,24 +235,39 @@ def _arms(hypothesis: Hypothesis) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*hypothesis.better, *hypothesis.other)))
 
 
-def _measure(verdict: Verdict, estimates: Sequence[Estimate]) -> Verdict:
+def _measure(verdict: Verdict, estimates: Sequence[Estimate], bootstrap: bool) -> Verdict:
     """The verdict with its statistics."""
-    values = tuple(e.value for e in estimates)
+    values, allows = tuple(e.value for e in estimates), tuple(e.allows for e in estimates)
+    exact = len(values) <= stats.MOST_SIGN_FLIPS
+    censored = any(a != "both" for a in allows)
     low, high = stats.paired_t_interval(values, verdict.level) or (None, None)
     return dataclasses.replace(
         verdict,
         values=values,
-        allows=tuple(e.allows for e in estimates),
+        allows=allows,
         estimate=fmean(values),
         low=low,
         high=high,
         half_width=stats.smallest_visible_effect(values, verdict.level),
         p=stats.paired_t_p(values),
-        p_sign_flip=stats.sign_flip_p(values) if len(values) <= stats.MOST_SIGN_FLIPS else None,
-        bca=stats.bca_interval(values, seed=0),
+        p_sign_flip=stats.sign_flip_p(values) if exact else None,
+        p_rank=stats.censored_rank_p(values, allows) if exact and censored else None,
+        bca=stats.bca_interval(values, seed=0) if bootstrap else None,
         d_z=stats.d_z(values),
         cliffs_delta=stats.cliffs_delta(values, (0.0,)),
     )
+
+
+def _follow_doses(verdict: Verdict, hypothesis: Hypothesis, replicates: Sequence[Replicate]) -> Verdict:
+    """The verdict with its trend over the doses, where a slope over three or more is judged."""
+    estimand = hypothesis.estimand
+    if not isinstance(estimand, functools.partial) or estimand.func is not metric_slope:
+        return verdict
+    rows = [rising_doses(replicate, **estimand.keywords) for replicate in replicates]
+    if len(rows) < 2 or len(rows[0]) < 3:
+        return verdict
+    page_p, dose_rho = stats.page_trend(rows)[1], stats.mean_rank_correlation(rows)
+    return dataclasses.replace(verdict, page_p=page_p, dose_rho=dose_rho)
 
 
 def _gate(
@@ -393,7 +324,7 @@ def _censored(verdict: Verdict) -> str:
 
 def _condition(supported: Sequence[Verdict], refuted: Sequence[Verdict]) -> str:
     """Which cells support and which refute a claim, among those that demonstrably differ; else nothing."""
-    pairs = [(s, r) for s, r in product(supported, refuted) if s.kind == r.kind]
+    pairs = [(s, r) for s, r in product(supported, refuted) if (s.kind, s.against) == (r.kind, r.against)]
     p_values = stats.holm(
         [stats.welch_p([x / v.delta for x in v.values], [x / w.delta for x in w.values]) for v, w in pairs],
         len(pairs),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bnbench.registry import BadInput
-from bnbench.study import checks
+from bnbench.study import checks, smoke
 from bnbench.study.space import Space, changes_of, check_space, define
 from bnbench.study.trial import Trial, check_fields, shown
 
@@ -23,16 +23,25 @@ class Arm:
     """What is compared inside a cell: a named change to the row, `Arm("group-8", norm="group", ...)`.
 
     An arm with a `space` is tuned by searching it; one without, over the design's grid of learning rates.
-    A dimension may be given by cell: `space={"mlp": (...), "cnn": (...)}`.
+    A dimension may be given by cell: `space={"mlp": (...), "cnn": (...)}`. An arm is in every cell, or in
+    those that `cells` names.
     """
 
     name: str
     changes: Mapping[str, Any]
     space: Space | Mapping[str, Space] = ()
+    cells: tuple[str, ...] = ()
 
-    def __init__(self, name: str, *, space: Space | Mapping[str, Space] = (), **changes: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        space: Space | Mapping[str, Space] = (),
+        cells: tuple[str, ...] = (),
+        **changes: Any,
+    ) -> None:
         checks.check_name("arm", name)
-        checks.check_changes(f"arm {name!r}", changes, "space")
+        checks.check_changes(f"arm {name!r}", changes, "space", "cells")
         where = f"arm {name!r}: space"
         if isinstance(space, Mapping):
             space = {cell: check_space(f"{where} in {cell!r}", found) for cell, found in space.items()}
@@ -41,6 +50,7 @@ class Arm:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "changes", changes)
         object.__setattr__(self, "space", space)
+        object.__setattr__(self, "cells", checks.several(f"arm {name!r}: cells", cells, str))
 
     def space_in(self, cell: str) -> Space:
         """What is searched in a cell; empty where the arm is tuned over the grid of learning rates."""
@@ -101,7 +111,8 @@ class Design:
     a space gets `trials` points a search, drawn `batch` at a time; under "once" the search is repeated
     `searches` times, each on a tuning replicate of its own, and the best points of all are tried on every
     one. `trials` may be given by cell. `curve_points` is the number of evaluations on the way of a confirmed
-    row, up to 26 a factor of 1.15 apart.
+    row, up to 26 a factor of 1.15 apart. Where `timing_steps` is not 0, every confirmed replicate of an arm
+    also trains for so many steps with nothing beside it, to measure the time of a step.
     """
 
     base: Trial
@@ -114,6 +125,7 @@ class Design:
     trials: int | Mapping[str, int] = 0
     batch: int = 8
     searches: int = 3
+    timing_steps: int = 0
     smoke: bool = False
 
     def __post_init__(self) -> None:
@@ -136,14 +148,19 @@ class Design:
         checks.check_choice("tuning", self.tuning, _TUNINGS)
         checks.check_whole("replicates", self.replicates, least=1)
         checks.check_whole("curve_points", self.curve_points, least=0)
+        checks.check_whole("timing_steps", self.timing_steps, least=0)
         if not isinstance(self.smoke, bool):
             raise BadInput(f"smoke must be True or False, not {shown(self.smoke)}")
         self._check_searches()
-        for cell, arm in itertools.product(self.cells, self.arms):
-            try:
-                self.trial(cell, arm, 0)
-            except BadInput as error:
-                raise BadInput(f"cell {cell.name!r}, arm {arm.name!r}: {error}") from None
+        for arm in self.arms:
+            for name in arm.cells:
+                checks.check_known(f"arm {arm.name!r} names a cell", name, [c.name for c in self.cells])
+        for cell in self.cells:
+            for arm in self.arms_in(cell.name):
+                try:
+                    self.trial(cell, arm, 0)
+                except BadInput as error:
+                    raise BadInput(f"cell {cell.name!r}, arm {arm.name!r}: {error}") from None
 
     def _check_searches(self) -> None:
         names = [cell.name for cell in self.cells]
@@ -162,6 +179,10 @@ class Design:
         if self.searches > TUNING_REPLICATES:
             raise BadInput(f"searches must be {TUNING_REPLICATES} at most, the number of tuning replicates")
 
+    def arms_in(self, cell: str) -> tuple[Arm, ...]:
+        """The arms that are compared in a cell."""
+        return tuple(arm for arm in self.arms if not arm.cells or cell in arm.cells)
+
     def trials_in(self, cell: str) -> int:
         """The number of points of one search in a cell."""
         return self.trials if isinstance(self.trials, int) else self.trials.get(cell, 0)
@@ -177,14 +198,8 @@ class Design:
 
     def trial(self, cell: Cell, arm: Arm, replicate: int, **point: Any) -> Trial:
         """The row of an arm in a cell, with the replicate's data and seed."""
-        changes = {**cell.changes, **arm.changes, **point, **self.seeds(replicate)}
-        if self.smoke:
-            changes["steps"] = 2
-            if changes.get("data", self.base.data).startswith("cifar"):
-                # Evaluating a large network on a thousand samples would take longer than its two steps.
-                batch = self.base.replace(**changes).global_batch
-                changes |= {"data_options": {"synthetic": True}, "n_train": max(64, batch)}
-        return self.base.replace(**changes)
+        row = self.base.replace(**{**cell.changes, **arm.changes, **point, **self.seeds(replicate)})
+        return smoke.smallest(row) if self.smoke else row
 
     def seeds(self, replicate: int) -> dict[str, int]:
         """The seeds of a replicate: the base's, plus its number."""
@@ -197,10 +212,30 @@ class Design:
         return cells[name]
 
 
+def smallest_design(full: Design) -> Design:
+    """Every shape of a design for two steps: one replicate, one learning rate, one point a search."""
+    arms = tuple(
+        Arm(arm.name, space=smoke.left_of(arm.space), cells=arm.cells, **arm.changes) for arm in full.arms
+    )
+    return replace(
+        full,
+        arms=arms,
+        replicates=1,
+        lr=full.lr[:1],
+        tuning="per_replicate",
+        trials=1 if any(arm.space for arm in arms) else 0,
+        curve_points=min(smoke.CURVE_POINTS, full.curve_points),
+        timing_steps=min(smoke.STEPS, full.timing_steps),
+        smoke=True,
+    )
+
+
 def define_searches(design: Design) -> dict[str, Any]:
     """What a definition says of searches, where it has any."""
     spaces = {
-        cell.name: {arm.name: define(space) for arm in design.arms if (space := arm.space_in(cell.name))}
+        cell.name: {
+            arm.name: define(space) for arm in design.arms_in(cell.name) if (space := arm.space_in(cell.name))
+        }
         for cell in design.cells
     }
     if not any(spaces.values()):

@@ -64,7 +64,7 @@ def grid_of(design: Design, cell: Cell, replicate: int, role: Role) -> list[Want
     """Every arm without a space at every learning rate of the grid, on validation data."""
     return [
         Wanted(cell.name, arm.name, replicate, role, design.trial(cell, arm, replicate, lr=lr))
-        for arm in design.arms
+        for arm in design.arms_in(cell.name)
         if not arm.space_in(cell.name)
         for lr in design.lr
     ]
@@ -78,14 +78,15 @@ def setting(trial: Trial) -> Trial:
 def rank(entries: Iterable[Entry]) -> list[Trial]:
     """The settings of some rows, the best first: by mean validation accuracy over replicates.
 
-    Ties go to the lower validation loss, then to the lower learning rate; settings of which a row failed
-    are out.
+    Settings that reach the row's training loss (`until_train_nll`) more often come first. Ties go to the lower
+    validation loss, then to the lower learning rate; settings of which a row failed are out.
     """
     by_setting: dict[Trial, list[Entry]] = {}
     for entry in entries:
         by_setting.setdefault(setting(entry.trial), []).append(entry)
     ranked = [
         (
+            -statistics.fmean(e.result.metrics.get("train/reached", 1.0) for e in rows),
             -statistics.fmean(e["val/acc"] for e in rows),
             statistics.fmean(e["val/loss"] for e in rows),
             chosen.lr,
@@ -110,7 +111,7 @@ def confirmed_at(
     """Every arm at its own choice, and those on the grid at the baseline's rate too, reading test data."""
     wanted: list[Wanted] = []
     common = chosen[study.baseline]
-    for arm in design.arms:
+    for arm in design.arms_in(cell.name):
         own = chosen[arm.name]
         rows: list[tuple[Role, Trial]] = []
         if own is not None:
@@ -128,6 +129,30 @@ def confirmation(design: Design, chosen: Trial, replicate: int) -> Trial:
     return chosen.replace(score_on="test", curve_points=design.curve_points, **seeds)
 
 
+def timed_at(design: Design, cell: Cell, replicate: int, chosen: Mapping[str, Trial | None]) -> list[Wanted]:
+    """Every arm's choice as a short row that is trained alone, if the design measures step times."""
+    return [
+        Wanted(cell.name, arm.name, replicate, "timing", timing(design, own, replicate))
+        for arm in design.arms_in(cell.name)
+        if design.timing_steps and (own := chosen[arm.name]) is not None
+    ]
+
+
+def timing(design: Design, chosen: Trial, replicate: int) -> Trial:
+    """The row that measures the time of a step with a chosen setting, whatever its rate and length.
+
+    At the grid's smallest rate, so that nothing diverges; nothing is evaluated on the way.
+    """
+    return chosen.replace(
+        lr=design.lr[0],
+        steps=design.timing_steps,
+        schedule="constant",
+        until_train_nll=None,
+        alone=True,
+        **design.seeds(replicate),
+    )
+
+
 def search_spaces(
     study: Study, design: Design, cell: Cell, replicates: Iterable[int], sampler: Sampler
 ) -> Program:
@@ -139,10 +164,10 @@ def search_spaces(
     searches: dict[tuple[str, int], list[Wanted]] = {
         (arm.name, replicate): []
         for replicate in replicates
-        for arm in design.arms
+        for arm in design.arms_in(cell.name)
         if arm.space_in(cell.name)
     }
-    arms = {arm.name: arm for arm in design.arms}
+    arms = {arm.name: arm for arm in design.arms_in(cell.name)}
     scored: dict[str, float | None] = {}
     entries: list[Entry] = []
     for batch, start in enumerate(range(0, design.trials_in(cell.name), design.batch)):
@@ -219,7 +244,10 @@ def search_replicate(study: Study, design: Design, cell: Cell, replicate: int, s
     """Tune every arm on the replicate's validation data, then confirm the choices."""
     tuned = yield from measure(grid_of(design, cell, replicate, "tune"))
     tuned += yield from search_spaces(study, design, cell, [replicate], sampler)
-    confirmed = yield from measure(confirmed_at(study, design, cell, replicate, _choices(design, tuned)))
+    chosen = _choices(design, tuned)
+    confirmed = yield from measure(
+        confirmed_at(study, design, cell, replicate, chosen) + timed_at(design, cell, replicate, chosen)
+    )
     return tuned + confirmed
 
 
@@ -233,7 +261,10 @@ def search_once(study: Study, design: Design, cell: Cell, sampler: Sampler) -> P
         [
             row
             for replicate in range(design.replicates)
-            for row in confirmed_at(study, design, cell, replicate, chosen)
+            for row in (
+                *confirmed_at(study, design, cell, replicate, chosen),
+                *timed_at(design, cell, replicate, chosen),
+            )
         ]
     )
     return grids + searched + shortlist + confirmed
@@ -291,7 +322,7 @@ def _planned_in(study: Study, design: Design, cell: Cell) -> Iterable[Trial]:
         for wanted in grid_of(design, cell, replicate, "tune"):
             yield wanted.trial
     middle = design.lr[len(design.lr) // 2]
-    for arm in design.arms:
+    for arm in design.arms_in(cell.name):
         if space := arm.space_in(cell.name):
             trials = design.trials_in(cell.name)
             searches = _TUNING[: design.searches] if once else tuned
@@ -308,3 +339,5 @@ def _planned_in(study: Study, design: Design, cell: Cell) -> Iterable[Trial]:
             for replicate in range(design.replicates):
                 for one in chosen:
                     yield confirmation(design, one, replicate)
+                if design.timing_steps:
+                    yield timing(design, chosen[0], replicate)

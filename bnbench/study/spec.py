@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import inspect
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 from bnbench.registry import BadInput, nearest
 from bnbench.study import checks
-from bnbench.study.design import Cell, Design, define_searches
+from bnbench.study.design import Cell, Design, define_searches, smallest_design
 from bnbench.study.table import Replicate
 from bnbench.study.trial import ROW_VERSION, shown
 
@@ -49,9 +48,12 @@ class Hypothesis:
 
     `estimand` gives one number a replicate, signed in the claim's direction; `delta` is the smallest effect
     that matters, in the estimand's unit, or the name of a cell's constant that holds it. `better` and
-    `other` name the arms that are read: gates on tuning look at both, the gate on divergence at `better`.
-    `cells` restricts the hypothesis to some cells; `half_width` is the expected half-width of the
-    simultaneous interval, from a pilot that was tuned in the same way.
+    `other` name the arms that are read. Gates on tuning look at both, the gate on divergence at `better`, and
+    the one on training accuracy at `other`, if there is any: where it counts, `other` names the arms without
+    noise or penalty, and `better` all the rest. `cells` restricts the hypothesis to some cells; `half_width`
+    is the expected half-width of the simultaneous interval, from a pilot that was tuned in the same way.
+    `against` marks a sentence that contradicts its claim: where it is SUPPORTED, that speaks against the
+    claim, and the other way round.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Hypothesis:
     unit: str = ""
     cells: tuple[str, ...] | None = None
     half_width: Mapping[str, float] = field(default_factory=dict)
+    against: bool = False
 
     def __post_init__(self) -> None:
         checks.check_name("hypothesis", self.name)
@@ -75,8 +78,11 @@ class Hypothesis:
         checks.check_choice(f"{where} kind", self.kind, _KINDS)
         if not isinstance(self.delta, str):
             object.__setattr__(self, "delta", checks.number(f"{where} delta", self.delta, above=0))
-        if not isinstance(self.primary, bool) or not isinstance(self.unit, str):
-            raise BadInput(f"{where} primary must be True or False, and unit a text")
+        if not isinstance(self.unit, str):
+            raise BadInput(f"{where} unit must be a text, not {shown(self.unit)}")
+        for name in ("primary", "against"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadInput(f"{where} {name} must be True or False, not {shown(getattr(self, name))}")
         object.__setattr__(self, "better", checks.several(f"{where} better", self.better, str, least=1))
         object.__setattr__(self, "other", checks.several(f"{where} other", self.other, str))
         if self.cells is not None:
@@ -153,12 +159,15 @@ class Study:
 
     def _check_reading(self, where: str, design: Design) -> None:
         """Raise BadInput where an arm or a constant is read that a design has not."""
-        arms = [arm.name for arm in design.arms]
-        checks.check_known(f"{where} as its baseline an arm", self.baseline, arms)
+        arms = {cell.name: [arm.name for arm in design.arms_in(cell.name)] for cell in design.cells}
+        for cell in design.cells:
+            read = f"{where} as its baseline in cell {cell.name!r} an arm"
+            checks.check_known(read, self.baseline, arms[cell.name])
         for h in self.hypotheses:
             for cell in _cells(h, design):
                 for arm in (*h.better, *h.other):
-                    checks.check_known(f"{where} in hypothesis {h.name!r} an arm", arm, arms)
+                    read = f"{where} in hypothesis {h.name!r} and cell {cell.name!r} an arm"
+                    checks.check_known(read, arm, arms[cell.name])
                 if isinstance(h.delta, str):
                     read = f"{where} in hypothesis {h.name!r} and cell {cell.name!r} a constant"
                     checks.check_known(read, h.delta, list(cell.constants))
@@ -167,18 +176,7 @@ class Study:
     def design(self, preset: str) -> Design:
         """The design of a preset: `quick`, `full`, or `smoke` (every shape of `full` for two steps)."""
         if preset == "smoke":
-            # One point a search: two steps have no batch size from which a second one could learn.
-            few = 1 if any(arm.space for arm in self.full.arms) else 0
-            return dataclasses.replace(
-                self.full,
-                replicates=1,
-                lr=self.full.lr[:1],
-                tuning="per_replicate",
-                trials=few,
-                # To evaluate large networks takes longer than their two steps.
-                curve_points=min(1, self.full.curve_points),
-                smoke=True,
-            )
+            return smallest_design(self.full)
         if preset not in ("quick", "full"):
             raise BadInput(f"no preset named {preset!r}{nearest(preset, ('quick', 'full', 'smoke'))}")
         return self.quick if preset == "quick" else self.full
@@ -202,11 +200,14 @@ class Study:
             "replicates": design.replicates,
             "tuning": design.tuning,
             "curve_points": design.curve_points,
+            **({"timing_steps": design.timing_steps} if design.timing_steps else {}),
             **define_searches(design),
             "cells": {
                 cell.name: {
                     "constants": dict(cell.constants),
-                    "arms": {arm.name: design.trial(cell, arm, 0).changed() for arm in design.arms},
+                    "arms": {
+                        arm.name: design.trial(cell, arm, 0).changed() for arm in design.arms_in(cell.name)
+                    },
                 }
                 for cell in design.cells
             },
@@ -214,7 +215,8 @@ class Study:
                 h.name: {
                     "claim": h.claim,
                     "sentence": h.sentence,
-                    "estimand": _source(h.estimand),
+                    # JSON has no tuples, in which doses and groups of arms are bound.
+                    "estimand": json.loads(json.dumps(_source(h.estimand))),
                     "delta": h.delta,
                     "kind": h.kind,
                     "primary": h.primary,
@@ -222,6 +224,7 @@ class Study:
                     "other": list(h.other),
                     "cells": [cell.name for cell in _cells(h, design)],
                     "half_width": dict(h.half_width),
+                    **({"against": True} if h.against else {}),
                 }
                 for h in self.hypotheses
             },

@@ -10,8 +10,9 @@ from bnbench.study.trial import Trial
 
 Status = Literal["done", "diverged", "failed"]
 #: Why a row was trained: to tune an arm, to compare the best points of its searches on the same data, to
-#: confirm the arm's own choice, to confirm at the baseline's learning rate, or as a point of a fixed grid.
-Role = Literal["tune", "shortlist", "own", "common", "sweep"]
+#: confirm the arm's own choice, to confirm at the baseline's learning rate, as a point of a fixed grid, or to
+#: measure the time of a step with nothing beside it.
+Role = Literal["tune", "shortlist", "own", "common", "sweep", "timing"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ class Replicate:
     def common(self, arm: str) -> Entry:
         """The arm's confirmed row at the best learning rate of the baseline arm."""
         return self._one(arm, "common")
+
+    def timing(self, arm: str) -> Entry:
+        """The arm's row whose `time/step_ms` was measured with nothing beside it."""
+        return self._one(arm, "timing")
 
     def grid(self, arm: str) -> tuple[Entry, ...]:
         """The arm's tuning or sweep rows, by rising learning rate."""
