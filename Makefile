@@ -18,7 +18,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help study plan report ui data doctor install test test-slow lint smoke resolve constraints clean check-python
+.PHONY: help study plan report ui data doctor selfcheck install test test-slow lint smoke resolve constraints clean check-python
 
 # An installation is remembered by a stamp file, so that later calls start at once and without a network.
 # VENV=none takes the Python that is there (conda, a module, a container) and installs nothing.
@@ -63,6 +63,9 @@ data: $(for_study) ## download the data sets (compute nodes have no internet: do
 
 doctor: $(for_study) ## say whether this machine can run the studies, and what to mend (SMOKE=1: try it)
 	@$(bnbench) doctor --gpus $(GPUS) --runs "$(RUNS)" $(if $(SMOKE),--smoke --preset $(PRESET) $(STUDY))
+
+selfcheck: $(for_study) ## measure how often verdicts err: on random tables, and on trainings of known answer
+	@$(bnbench) selfcheck --gpus $(GPUS) $(if $(WORKERS),--workers $(WORKERS))
 
 install: $(for_study) ## install bnbench into VENV (the only other step that needs the internet)
 

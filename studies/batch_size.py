@@ -10,11 +10,19 @@ from functools import partial
 from math import log
 
 from bnbench.study import Arm, Cell, Hypothesis, Study
-from bnbench.study.estimands import accuracy_difference, log_examples_ratio, log_examples_ratio_difference
+from bnbench.study.estimands import (
+    accuracy_difference,
+    interior_gain,
+    log_examples_ratio,
+    log_examples_ratio_difference,
+    log_steps_ratio,
+)
 from studies import convergence
 
 QUICK = replace(
     convergence.QUICK,
+    tuning="once",
+    timing_steps=0,
     cells=(
         Cell(
             "mlp-mnist1d",
@@ -26,14 +34,11 @@ QUICK = replace(
     ),
     arms=(
         Arm("NBS 4", norm="ghost_batch", norm_options={"ghost_size": 4}),
-        Arm("NBS 8", norm="ghost_batch", norm_options={"ghost_size": 8}),
         Arm("NBS 16", norm="ghost_batch", norm_options={"ghost_size": 16}),
         Arm("NBS 32", norm="ghost_batch", norm_options={"ghost_size": 32}),
         Arm("NBS 64", norm="batch"),
-        Arm("B 16, NBS 16", norm="batch", batch_size=16, steps=2400),
         Arm("B 64, NBS 16", norm="ghost_batch", norm_options={"ghost_size": 16}),
         Arm("B 256, NBS 16", norm="ghost_batch", norm_options={"ghost_size": 16}, batch_size=256, steps=150),
-        Arm("none, B 16", norm="none", batch_size=16, steps=2400),
         Arm("none, B 64", norm="none"),
         Arm("none, B 256", norm="none", batch_size=256, steps=150),
     ),
@@ -41,6 +46,8 @@ QUICK = replace(
 
 FULL = replace(
     convergence.FULL,
+    tuning="once",
+    timing_steps=0,
     cells=(
         Cell("resnet20-cifar10", model="resnet20", constants={"target": 0.75, "delta_acc": 0.5}),
         Cell("resnet56-cifar10", model="resnet56", constants={"target": 0.75, "delta_acc": 0.5}),
@@ -53,8 +60,10 @@ FULL = replace(
         Arm("NBS 32", norm="ghost_batch", norm_options={"ghost_size": 32}),
         Arm("NBS 64", norm="ghost_batch", norm_options={"ghost_size": 64}),
         Arm("NBS 128", norm="batch"),
+        Arm("B 16, NBS 16", norm="batch", batch_size=16, steps=112320),
         Arm("B 64, NBS 16", norm="ghost_batch", norm_options={"ghost_size": 16}, batch_size=64, steps=28080),
         Arm("B 256, NBS 16", norm="ghost_batch", norm_options={"ghost_size": 16}, batch_size=256, steps=7020),
+        Arm("none, B 16", norm="none", batch_size=16, steps=112320),
         Arm("none, B 64", norm="none", batch_size=64, steps=28080),
         Arm("none, B 128", norm="none"),
         Arm("none, B 256", norm="none", batch_size=256, steps=7020),
@@ -88,6 +97,30 @@ STUDY = Study(
             better=("NBS 32",),
             other=("NBS 4",),
             unit="pp",
+            primary=False,
+        ),
+        Hypothesis(
+            name="P3.e",
+            claim="P3",
+            sentence="An intermediate NBS is more accurate than both the smallest and the whole batch of 64.",
+            estimand=partial(
+                interior_gain, arms=("NBS 4", "NBS 16", "NBS 32", "NBS 64"), metric="test/acc_precise"
+            ),
+            delta="delta_acc",
+            better=("NBS 4", "NBS 16", "NBS 32", "NBS 64"),
+            unit="pp",
+            primary=False,
+            cells=("mlp-mnist1d",),
+        ),
+        Hypothesis(
+            name="P3.steps",
+            claim="P3",
+            sentence="At a fixed NBS, a batch of 256 takes fewer steps to the target than one of 64.",
+            estimand=partial(log_steps_ratio, better="B 256, NBS 16", other="B 64, NBS 16"),
+            delta=log(1.25),
+            better=("B 256, NBS 16",),
+            other=("B 64, NBS 16",),
+            unit="log ratio",
             primary=False,
         ),
         Hypothesis(
@@ -128,7 +161,7 @@ STUDY = Study(
             other=("B 64, NBS 16",),
             unit="log ratio",
             primary=False,
-            cells=("mlp-mnist1d",),
+            cells=("resnet20-cifar10", "resnet56-cifar10"),
         ),
     ),
     quick=QUICK,

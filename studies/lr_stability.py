@@ -7,7 +7,7 @@ from functools import partial
 
 from bnbench.study import Hypothesis, Study
 from bnbench.study.estimands import lr_width_difference
-from studies.convergence import FULL, QUICK
+from studies.convergence import FULL, PRIMARY, QUICK
 
 STUDY = Study(
     name="lr_stability",
@@ -24,6 +24,7 @@ STUDY = Study(
             better=("batch",),
             other=("none",),
             unit="decades",
+            cells=PRIMARY,
             half_width={"mlp-digits": 0.5, "mlp-mnist1d": 0.3, "cnn-digits": 0.2, "cnn-mnist1d": 0.25},
         ),
         Hypothesis(

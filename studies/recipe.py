@@ -14,7 +14,8 @@ from bnbench.study import Arm, Cell, Design, Hypothesis, Range, Study, Trial
 from bnbench.study.estimands import accuracy_difference
 from bnbench.study.recipes import recipe_space, recipe_start
 
-NORMS = ("none", "batch", "layer", "group")
+NORMS = ("none", "batch")
+FULL_NORMS = (*NORMS, "layer", "group")
 RESIDUAL = ("norm-act", "act-norm", "pre-act", "post-add")
 LR_ALONE = (Range("lr", 1e-3, 3.0),)
 
@@ -56,8 +57,9 @@ QUICK = Design(
     lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     tuning="once",
     curve_points=0,
-    trials={"mlp-mnist1d": 16, "cnn-mnist1d": 10, "resnet20-digits": 4},
+    trials={"mlp-mnist1d": 12, "cnn-mnist1d": 8, "resnet20-digits": 4},
     batch=4,
+    searches=2,
 )
 
 # 40 epochs of 45,000 images.
@@ -93,9 +95,9 @@ FULL = replace(
                     "resnet20-cifar10": recipe_space(norm=norm, examples=EXAMPLES, orders=RESIDUAL),
                 },
             )
-            for norm in NORMS
+            for norm in FULL_NORMS
         ),
-        *(Arm(f"{norm}, lr alone", norm=norm, space=LR_ALONE) for norm in NORMS),
+        *(Arm(f"{norm}, lr alone", norm=norm, space=LR_ALONE) for norm in FULL_NORMS),
         Arm("the article", norm="batch"),
     ),
     lr=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
@@ -103,6 +105,12 @@ FULL = replace(
     batch=8,
 )
 
+#: Layer and group normalization are searched in `full` alone.
+FULL_CELLS = tuple(cell.name for cell in FULL.cells)
+CELLS = {norm: (*(cell.name for cell in QUICK.cells), *FULL_CELLS) for norm in NORMS} | {
+    "layer": FULL_CELLS,
+    "group": FULL_CELLS,
+}
 
 STUDY = Study(
     name="recipe",
@@ -131,6 +139,7 @@ STUDY = Study(
                 other=("none",),
                 unit="pp",
                 primary=False,
+                cells=CELLS[norm],
             )
             for norm in ("layer", "group")
         ),
@@ -145,8 +154,9 @@ STUDY = Study(
                 other=("the article",),
                 unit="pp",
                 primary=False,
+                cells=CELLS[norm],
             )
-            for norm in NORMS
+            for norm in FULL_NORMS
         ),
         *(
             Hypothesis(
@@ -160,8 +170,9 @@ STUDY = Study(
                 other=(f"{norm}, lr alone",),
                 unit="pp",
                 primary=False,
+                cells=CELLS[norm],
             )
-            for norm in NORMS
+            for norm in FULL_NORMS
         ),
     ),
     quick=QUICK,

@@ -1,5 +1,6 @@
 """Plausible results of studies that were never trained, for the tests of the report."""
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -187,3 +188,84 @@ def recipe_report(study: Study) -> StudyResult:
     verdicts = adjust(judge(study, "quick", table, sizes := family_sizes([study], "quick")), sizes)
     planned = len({e.trial.key for e in entries})
     return StudyResult(study, "quick", study.hash("quick"), table, tuple(verdicts), planned)
+
+
+SCALES = (0.1, 0.3, 0.5, 1.0, 2.0, 3.0, 10.0)
+
+
+def wide_study(replicates: int = 10) -> Study:
+    """Fourteen arms: two norms at seven scales of the initial weights; three hypotheses of one claim."""
+    arms = tuple(
+        Arm(f"{norm} ×{scale:g}", norm=norm, init_scale=scale)
+        for norm in ("none", "batch")
+        for scale in SCALES
+    )
+    cells = (
+        Cell("mlp · mnist1d", constants={"target": 0.6}),
+        Cell("cnn · mnist1d", model="cnn", constants={"target": 0.6}),
+    )
+    design = Design(
+        Trial(steps=400), cells, arms, (0.03, 0.1, 0.3, 1.0), replicates=replicates, timing_steps=20
+    )
+    narrow, wide = {"better": "batch ×1", "other": "none ×1"}, {"better": "batch ×10", "other": "batch ×1"}
+    far = {"better": "batch ×10", "other": "none ×10"}
+
+    def arms_of(pair: dict[str, str]) -> dict[str, tuple[str]]:
+        return {side: (arm,) for side, arm in pair.items()}
+
+    hypotheses = (
+        Hypothesis("C2.b", "C2", "It helps at the usual scale.", partial(accuracy_difference, **narrow), 1.0,
+                   **arms_of(narrow), unit="pp"),
+        Hypothesis("C2.c", "C2", "Ten times the scale changes nothing.", partial(accuracy_difference, **wide),
+                   1.0, **arms_of(wide), kind="equivalent", unit="pp"),
+        Hypothesis("C2.d", "C2", "At ten times the scale it is faster.", partial(log_steps_ratio, **far),
+                   math.log(1.25), **arms_of(far), unit="log steps"),
+    )  # fmt: skip
+    return Study(
+        "init stability", "Which scales of the initial weights train?", hypotheses, design, design,
+        baseline="none ×1",
+    )  # fmt: skip
+
+
+def wide_result(trial: Trial, replicate: int) -> Result:
+    """A training that never was: without normalization every decade from 1 costs, and ×10 mostly diverges."""
+    noise = random.Random(f"{trial.key}").gauss(0, 0.004)
+    data = random.Random(f"{replicate}/{trial.model}").gauss(0, 0.008)
+    off = abs(math.log10(trial.init_scale))
+    plain = trial.norm == "none"
+    if plain and trial.init_scale == 10 and replicate % 3:
+        lost = {"chance": 0.1, "val/acc": 0.1, "test/acc": 0.1, "test/loss": 2.4, "train/loss": 2.4}
+        return Result("diverged", lost, {"step": (1, 2), "val/acc": (0.1, 0.1)}, "loss was NaN at step 3")
+    top = 0.68 + 0.02 * (not plain) + 0.2 * (trial.model == "cnn") - (0.25 if plain else 0.004) * off
+    top += data + noise - 0.06 * abs(math.log10(trial.lr / 0.3))
+    steps = tuple(round(400 ** (i / 11)) for i in range(12))
+    speed = 1.0 if plain else 2.0
+    curve = tuple(0.1 + (top - 0.1) * (1 - math.exp(-speed * s / 60)) for s in steps)
+    metrics = {
+        "chance": 0.1, "val/acc": top, "val/loss": 1.2 - top, "train/loss": 0.3, "train/acc": 0.98,
+        "test/acc": top - 0.005, "test/loss": 1.25 - top, "test/ece": 0.05, "test/gap": 0.4,
+        "time/step_ms": 1.5 if plain else 2.25, "time/total_s": 0.8, "train/reached": float(off < 1),
+    }  # fmt: skip
+    return Result("done", metrics, {"step": steps, "val/acc": curve})
+
+
+def wide_report(replicates: int = 10, *, links: bool = False) -> Report:
+    """The study of fourteen arms: trainings that diverge, censored targets, step times measured alone."""
+    study = wide_study(replicates)
+    design, entries = study.quick, []
+    for cell, arm in itertools.product(design.cells, design.arms):
+        for r in range(replicates):
+            roles = [("tune", {"lr": lr}) for lr in design.lr]
+            roles += [(role, {"lr": 0.3, "score_on": "test"}) for role in ("own", "common")]
+            roles.append(("timing", {"lr": 0.1, "steps": 20, "alone": True}))
+            for role, point in roles:
+                trial = design.trial(cell, arm, r, **point)
+                entries.append(Entry(cell.name, arm.name, r, role, trial, wide_result(trial, r)))
+    table = Table(tuple(entries))
+    sizes = family_sizes([study], "quick")
+    verdicts = adjust(judge(study, "quick", table, sizes), sizes)
+    own = [e.trial.key for e in entries if e.role == "own" and links]
+    pages = {key: f"http://127.0.0.1:5000/#/runs/{key * 2}" for key in own}
+    found = tuple(verdicts)
+    result = StudyResult(study, "quick", study.hash("quick"), table, found, len(entries), links=pages)
+    return Report((result,), ((CLAIMS[1], judge_claim("C2", verdicts)),))

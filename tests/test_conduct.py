@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,109 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bnbench.engine import conduct as conduct_module
-from bnbench.engine.conduct import conduct, train_row
+from bnbench.engine.conduct import train_row
 from bnbench.record import Record
 from bnbench.registry import BadInput
-from bnbench.study import Entry, Result, Study, Table, Trial
-from bnbench.study.programs import programs_of
+from bnbench.study import Entry, Result, Table, Trial
 from bnbench.study.trial import trial_from
-from tests.pilot_study import design, drive, invented, study
-
-
-class Recorder:
-    """An observer that remembers everything."""
-
-    def __init__(self) -> None:
-        self.begun: list[str] = []
-        self.ended: list[tuple[str, str]] = []
-        self.again: list[str] = []
-        self.lines: list[str] = []
-
-    def reused(self, trial: Trial) -> None:
-        self.again.append(trial.key)
-
-    def started(self, trial: Trial) -> None:
-        self.begun.append(trial.key)
-
-    def finished(self, trial: Trial, result: Result) -> None:
-        self.ended.append((trial.key, result.status))
-
-    def trouble(self, line: str) -> None:
-        self.lines.append(line)
-
-
-class Inline(Executor):
-    """Trains at once in the caller, or, with an order, some other time when the loop waits."""
-
-    def __init__(self, train: Callable[[Trial], Result] = invented, order: Random | None = None) -> None:
-        self.train, self.order = train, order
-        self.open: list[tuple[Future[Result], Trial]] = []
-        self.most = 0
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        assert fn is train_row
-        values, data, runs = args
-        assert (Path(data), Path(runs).name) == (Path("data").absolute(), "runs")
-        future: Future[Any] = Future()
-        self.open.append((future, trial_from(values)))
-        self.most = max(self.most, len(self.open))
-        if self.order is None:
-            self.finish_some()
-        return future
-
-    def finish_some(self) -> None:
-        order = self.order or Random(0)
-        order.shuffle(self.open)
-        for _ in range(order.randint(1, len(self.open))):
-            future, trial = self.open.pop()
-            try:
-                future.set_result(self.train(trial))
-            except Exception as error:
-                future.set_exception(error)
-
-    def wait(
-        self, futures: Mapping[Future[Any], Trial], **_: Any
-    ) -> tuple[set[Future[Any]], set[Future[Any]]]:
-        """In place of concurrent.futures.wait."""
-        if not any(future.done() for future in futures):
-            self.finish_some()
-        ended = {future for future in futures if future.done()}
-        return ended, set(futures) - ended
-
-
-def run(
-    record: Record,
-    executor: Executor | None = None,
-    *studies: Study,
-    width: int = 3,
-    observer: Recorder | None = None,
-    deadline: float | None = None,
-) -> tuple[list[str], dict[str, list[Entry]]]:
-    """Conduct studies as a suite does; returns who was cut off, and each program's lines by its name."""
-    programs = [
-        ((the_study.name, cell, index), program)
-        for the_study in studies or (study(),)
-        for index, (cell, program) in enumerate(programs_of(the_study, "quick"))
-    ]
-    lines: dict[Any, list[Entry]] = {}
-
-    def done(name: Any, entries: list[Entry]) -> None:
-        assert name not in lines
-        lines[name] = entries
-
-    cut_off = conduct(
-        programs,
-        executor or Inline(),
-        record,
-        width=width,
-        data=Path("data"),
-        observer=observer or Recorder(),
-        asked=lambda name, wanted: record.enroll(name[0], wanted),
-        done=done,
-        deadline=deadline,
-    )
-    assert {name for name, _ in programs} == set(lines) | set(cut_off)
-    return cut_off, lines
+from tests.conducted_studies import Dying, Inline, Recorder, run, undisturbed
+from tests.pilot_study import design, invented, study
 
 
 def ordered(entries: Iterable[Entry]) -> Table:
@@ -130,15 +34,6 @@ def record(tmp_path: Path) -> Any:
     record = Record(tmp_path / "runs" / "bnbench.db")
     yield record
     record.close()
-
-
-def undisturbed(*studies: Study) -> dict[str, list[Entry]]:
-    """What the programs give where nothing surrounds them."""
-    return {
-        (the_study.name, cell, index): drive(program)[0]
-        for the_study in studies or (study(),)
-        for index, (cell, program) in enumerate(programs_of(the_study, "quick"))
-    }  # type: ignore[return-value]
 
 
 def test_every_row_is_trained_and_recorded_once(record: Record) -> None:
@@ -251,20 +146,6 @@ def test_a_deadline_cuts_off_programs_and_keeps_what_is_trained(record: Record) 
     assert observer.begun
     assert run(record)[1] == undisturbed()
     assert run(record, deadline=time.monotonic())[0] == []  # nothing is left to start
-
-
-class Dying:
-    """Trains, but kills the worker of some rows some times."""
-
-    def __init__(self, times: int, fails: Callable[[Trial], bool]) -> None:
-        self.times, self.fails = times, fails
-        self.deaths: Counter[str] = Counter()
-
-    def __call__(self, trial: Trial) -> Result:
-        if self.fails(trial) and self.deaths[trial.key] < self.times:
-            self.deaths[trial.key] += 1
-            raise BrokenExecutor("died")
-        return invented(trial)
 
 
 def test_a_row_whose_worker_died_once_is_trained_again(record: Record) -> None:

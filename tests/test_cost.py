@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from bnbench.engine.cost import GUESS, Cost, known_costs, measure_costs, seconds_of, shape_of
+from bnbench.engine.cost import (
+    Cost,
+    known_costs,
+    measure_costs,
+    occupied_seconds,
+    reference_cost,
+    seconds_of,
+    shape_of,
+)
 from bnbench.record import Record
 from bnbench.study import Result, Trial
 
@@ -34,6 +42,8 @@ def record(tmp_path: Path) -> Iterator[Record]:
         {"schedule": "constant", "warmup": 0.1, "momentum": 0.0, "weight_decay": 0.1, "decay_norm": True},
         {"init": "xavier", "init_scale": 2.0, "label_noise": 0.2, "label_smoothing": 0.1},
         {"order": "act-norm", "dropout": 0.2, "dropout_at": "last", "norm_options": {"gamma_init": 3.0}},
+        {"bias_init": 0.1, "logit_scale": 2.0, "gamma_decay": 0.1, "last_norm_options": {"gamma_init": 3.0}},
+        {"repeat": 1, "alone": True, "until_train_nll": 0.1},
     ],
 )
 def test_what_changes_no_amount_of_work_changes_no_shape(changes: dict[str, Any]) -> None:
@@ -65,7 +75,43 @@ def test_the_seconds_of_a_row_are_its_steps_its_evaluations_and_the_rest() -> No
     assert seconds_of(trial, costs) == pytest.approx(1.5)
     assert seconds_of(trial.replace(curve_points=2), costs) == pytest.approx(1.5 + 0.15 * 3024 / 50 * 0.01)
     assert seconds_of(trial.replace(score_on="test"), costs) == pytest.approx(1.5 + 0.15 * 12000 / 50 * 0.01)
-    assert seconds_of(Trial(model="cnn", steps=100), {}) == pytest.approx(100 * GUESS.step + GUESS.beside)
+    until = trial.replace(until_train_nll=0.1)  # looks after 3, 6, ... 99 steps
+    assert seconds_of(until, costs) == pytest.approx(1.5 + 0.15 * 33 * 1536 / 50 * 0.01)
+
+
+def test_a_row_that_stopped_early_costs_what_its_steps_took(record: Record) -> None:
+    trial = Trial(steps=1000, until_train_nll=0.1, batch_size=1536)
+    looks = 39
+    result = Result(
+        "done", {"time/step_ms": 2.0, "train/steps": 100.0, "time/total_s": 0.2 + 0.5 + looks * 0.15 * 0.002}
+    )
+    record.append([(trial, result)])
+    (cost,) = known_costs(record).values()
+    assert (cost.step, cost.beside) == (pytest.approx(0.002), pytest.approx(0.5))
+
+
+def test_an_unmeasured_shape_costs_what_it_took_on_the_machine_of_reference() -> None:
+    assert seconds_of(Trial(norm="none", steps=1000), {}) == pytest.approx(0.40 + 0.09)
+    assert seconds_of(Trial(norm="layer", steps=1000), {}) == pytest.approx(0.56 + 0.09)
+    cnn = Trial(model="cnn", model_options={"channels": 16}, norm="none", steps=1000)
+    assert seconds_of(cnn, {}) == pytest.approx(1.0 + 0.09)
+    assert reference_cost(Trial(model_options={"depth": 12})).step == pytest.approx(3 * 0.56e-3)
+    steps = [reference_cost(Trial(batch_size=size)).step for size in (16, 64, 256)]
+    assert steps[0] < steps[1] < steps[2] < 4 * steps[1]
+    alone, joined, synchronized = (
+        reference_cost(Trial(norm=norm, devices=devices))
+        for norm, devices in (("batch", 1), ("batch", 2), ("sync_batch", 2))
+    )
+    assert alone.step < joined.step < synchronized.step and alone.beside < joined.beside
+
+
+def test_a_row_that_trains_alone_occupies_every_worker() -> None:
+    trial = Trial(steps=100)
+    costs = {shape_of(trial): Cost(0.01, 0.5)}
+    assert occupied_seconds(trial, costs, 4) == seconds_of(trial, costs)
+    assert occupied_seconds(trial.replace(alone=True), costs, 4) == pytest.approx(4 * 1.5)
+    wide = trial.replace(devices=2, alone=True)
+    assert occupied_seconds(wide, {shape_of(wide): Cost(0.01, 0.5)}, 4) == pytest.approx(4 * 1.5)
 
 
 def test_a_row_on_two_devices_costs_both() -> None:

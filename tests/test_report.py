@@ -23,18 +23,21 @@ from bnbench.report import (
     render_html,
     render_json,
     render_markdown,
+    sentences,
     summaries,
     verdict_lines,
     words,
     write_report,
 )
+from bnbench.report.advice import ADVICE_HEADS, advise
 from bnbench.report.drawing import FILE_INK
 from bnbench.report.gallery import in_order
 from bnbench.study import Arm, Cell, Claim, Design, Entry, Hypothesis, Result, Study, Table, Trial
-from bnbench.study.claims import ClaimVerdict, adjust, family_sizes, judge, judge_claim
+from bnbench.study.claims import adjust, family_sizes, judge, judge_claim
 from bnbench.study.estimands import (
     accuracy_difference,
 )
+from bnbench.study.verdicts import ClaimVerdict
 from tests.doctored_results import CLAIMS, doctored_report, doctored_studies
 
 
@@ -118,14 +121,14 @@ def test_page_shows_every_claim_cell_arm_and_verdict(report: Report, folder: Pat
     text = " ".join(Page((folder / "index.html").read_text()).text.split())
     for claim, verdict in report.claims:
         assert claim.sentence in text
-        assert words.conclude(verdict) in text
+        assert sentences.conclude(verdict, report.condition(verdict)) in text
         assert all(sentence in text for sentence in claim.literature)
     for result in report.results:
         assert result.study.question in text and result.study_hash in text and result.command in text
         for verdict in result.verdicts:
             assert verdict.cell in text
             assert words.effect(verdict) in text
-            assert words.explain(verdict) in text
+            assert sentences.explain(verdict) in text
         for arm in result.design.arms:
             assert arm.name in text
 
@@ -213,7 +216,7 @@ def test_json_knows_no_times_places_or_machines(small: Report) -> None:
     assert render_json(other) == render_json(small)
     values = json.loads(render_json(small))
     assert values["studies"][0]["verdicts"][0]["values"] == list(result.verdicts[0].values)
-    assert [claim["status"] for claim in values["claims"]] == [words.status(v) for _, v in small.claims]
+    assert [claim["status"] for claim in values["claims"]] == [sentences.status(v) for _, v in small.claims]
 
 
 def test_csv_and_markdown_and_terminal_say_the_same(report: Report) -> None:
@@ -227,8 +230,9 @@ def test_csv_and_markdown_and_terminal_say_the_same(report: Report) -> None:
     ]
     text = render_markdown(report)
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(len(re.findall(r"(?<!\\)\|", line)) in (4, 8) for line in table)
-    assert len(table) == 2 + len(report.claims) + 2 * len(report.results) + len(verdicts)
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {4, 8, len(ADVICE_HEADS) + 1}
+    own = 2 + len(report.claims) + 2 * len(report.results) + len(verdicts)
+    assert len(table) == own + 2 + len(advise(report))
     screen = Console(file=io.StringIO(), width=200)
     for result in report.results:
         screen.print(verdict_lines(result))

@@ -70,25 +70,6 @@ def doctored_verdict(**changes):
     return replace(judge(study, "quick", Table(()), family_sizes([study], "quick"))[0], **changes)
 
 
-@pytest.mark.parametrize(
-    ("label", "decision", "kind", "expected"),
-    [
-        ("at_least_delta", "SUPPORTED", "greater", "at least as large as"),
-        ("size_uncertain", "SUPPORTED", "greater", "stays open"),
-        ("negligible", "REFUTED", "greater", "in either direction, is smaller"),
-        ("reversed", "REFUTED", "greater", "goes the other way."),
-        ("", "REFUTED", "greater", "The effect is smaller than"),
-        ("", "SUPPORTED", "equivalent", "differ by less than"),
-        ("", "REFUTED", "equivalent", "differ by more than"),
-        ("", "INCONCLUSIVE", "greater", "leaves open"),
-    ],
-)
-def test_every_outcome_has_a_sentence(label: str, decision: str, kind: str, expected: str) -> None:
-    verdict = doctored_verdict(label=label, decision=decision, kind=kind, gate="", reason="")
-    assert expected in words.explain(verdict)
-    assert words.explain(replace(verdict, tuning="once")).endswith("; conditional on one tuning.")
-
-
 def test_a_ratio_is_shown_as_times() -> None:
     verdict = doctored_verdict(
         unit="log steps", estimate=math.log(1.8), low=math.log(1.5), high=math.log(2.14)

@@ -9,12 +9,13 @@ import sys
 import pytest
 
 from bnbench.data import shape_of
+from bnbench.engine.cost import seconds_of
 from bnbench.engine.search import draw
 from bnbench.engine.suite import prepare
 from bnbench.study import Estimate, Replicate, Study
 from bnbench.study.claims import MIN_TRAIN_ACC
 from bnbench.study.load import load_claims, load_studies, load_study, studies_folder
-from bnbench.study.programs import programs_of
+from bnbench.study.programs import planned_rows, programs_of
 from tests.pilot_study import drive
 
 SUITE = load_studies()
@@ -50,6 +51,16 @@ def test_constants_are_possible(name: str, preset: str) -> None:
         for h in study.hypotheses:
             if cell in study.cells_of(h, preset):
                 assert h.delta_in(cell) > 0
+
+
+def test_all_quick_studies_together_keep_their_budget() -> None:
+    """By costs of reference, so that the answer does not depend on the machine that asks."""
+    rows = {study: planned_rows(study_, "quick") for study, study_ in SUITE.items()}
+    distinct = {trial.key: trial for planned in rows.values() for trial in planned}
+    seconds = {study: sum(seconds_of(trial, {}) for trial in planned) for study, planned in rows.items()}
+    total = sum(seconds_of(trial, {}) for trial in distinct.values())
+    each = ", ".join(f"{study} {cost:.0f}" for study, cost in seconds.items())
+    assert total <= 2000, f"{total:.0f} core-seconds; by study, shared rows in each: {each}"
 
 
 @every_study

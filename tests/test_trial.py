@@ -36,7 +36,8 @@ def test_the_key_reads_only_what_differs_from_the_defaults(monkeypatch: pytest.M
 
 
 ANOTHER = {
-    "data": "digits", "data_options": {"a": 1}, "data_seed": 1, "n_train": 10, "n_eval": 10, "label_noise": 0.1,
+    "data": "digits", "data_options": {"a": 1}, "data_seed": 1, "n_train": 10, "n_eval": 10,
+    "label_noise": 0.1,
     "augment": "crop-flip", "model": "cnn", "model_options": {"width": 8}, "norm": "layer",
     "norm_options": {"eps": 0.1}, "reparam": "weight_norm", "order": "act-norm", "activation": "tanh",
     "last_norm_options": {"gamma_init": 0.5}, "logit_scale": 0.5, "gamma_decay": 0.1,

@@ -34,3 +34,10 @@ DataFolder = Annotated[
     Path | None,
     typer.Option("--data-folder", help="Folder of data sets; by default BNBENCH_DATA or the user's cache."),
 ]
+
+
+def folder_of_data(folder: Path | None) -> Path:
+    """The folder of data sets: the one that was named, or the default one."""
+    from bnbench.data import default_folder
+
+    return folder or default_folder()

@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from bnbench.engine.cost import Costs, seconds_of
+from bnbench.engine.cost import Costs, occupied_seconds, seconds_of
 from bnbench.study.table import Result
 from bnbench.study.trial import Trial
 
@@ -38,7 +38,7 @@ class Display:
     ) -> None:
         self.console, self.costs, self.width, self.quiet = console, costs, width, quiet
         self.total = len(rows)
-        self.expected = sum(seconds_of(trial, costs) for trial in rows)
+        self.expected = sum(occupied_seconds(trial, costs, width) for trial in rows)
         self.done = self.reused_rows = self.failed = self.diverged = self.running = 0
         self.passed = self.spent = self.spent_expected = 0.0
         self._seen: set[str] = set()
@@ -66,7 +66,7 @@ class Display:
         if trial.key not in self._seen:
             self._seen.add(trial.key)
             self.reused_rows += 1
-            self.passed += seconds_of(trial, self.costs)
+            self.passed += occupied_seconds(trial, self.costs, self.width)
             self._show()
 
     def started(self, trial: Trial) -> None:
@@ -81,11 +81,10 @@ class Display:
         self.done += 1
         self.failed += result.status == "failed"
         self.diverged += result.status == "diverged"
-        expected = seconds_of(trial, self.costs)
-        self.passed += expected
+        self.passed += occupied_seconds(trial, self.costs, self.width)
         if result.status == "done":
             self.spent += result.metrics["time/total_s"]
-            self.spent_expected += expected
+            self.spent_expected += seconds_of(trial, self.costs)
         if result.status == "failed":
             self.trouble(f"row {trial.key} failed: {result.brief}")
         # The next row is about to start, and a line would count one running too few.

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import BrokenExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,18 +21,20 @@ from bnbench.engine.distributed import cluster_environment, launcher, leave_grou
 from bnbench.engine.executors import LocalPool
 from bnbench.engine.lock import hold
 from bnbench.engine.provenance import git_state
+from bnbench.engine.rows import check_trial
 from bnbench.engine.suite import Job, judge_recorded, prepare
-from bnbench.engine.train import Place, check_trial, train
+from bnbench.engine.train import Place, train
 from bnbench.exchange import read_rows, write_rows
 from bnbench.record import Record
 from bnbench.registry import BadInput, nearest
 from bnbench.report import Report, StudyResult, render_csv, render_json, render_markdown, write_report
-from bnbench.study.claims import ClaimVerdict, Verdict, judge_claim
+from bnbench.study.claims import judge_claim
 from bnbench.study.load import load_claims, load_studies, load_study
 from bnbench.study.spec import Study
 from bnbench.study.table import Result, Table
 from bnbench.study.trial import Trial, trial_from
-from bnbench.tracking import open_store, tracking_uri, trial_of_run
+from bnbench.study.verdicts import ClaimVerdict, Verdict
+from bnbench.tracking import open_store, pages_of, tracking_uri, trial_of_run
 from bnbench.tracking import publish as publish_record
 
 _FORMATS = ("html", "md", "json", "csv")
@@ -69,6 +72,12 @@ def gather(results: Sequence[StudyResult], runs: Path) -> Report:
     results = sorted(results, key=lambda result: (_PRESETS.index(result.preset), result.study.name))
     claims = tuple((claim, _judge_claim(claim.id, results)) for claim in load_claims().values())
     return Report(tuple(results), claims, _made(), runs)
+
+
+def linked(report: Report, record: Record, uri: str) -> Report:
+    """The report with the pages of all that the tracking store `uri` has been sent by now."""
+    pages = {r.study_hash: pages_of(record, r.study_hash, r.table, uri) for r in report.results}
+    return replace(report, results=tuple(replace(r, links=pages[r.study_hash]) for r in report.results))
 
 
 def _judge_claim(claim: str, results: Sequence[StudyResult]) -> ClaimVerdict:
@@ -147,7 +156,8 @@ def print_report(words: tuple[str, ...], preset: str | None, format: str, runs: 
     jobs = recorded_jobs(record, [load_study(word) for word in words], preset, suite)
     report = gather(results_of(record, jobs, suite), runs)
     if format == "html":
-        print(write_report(report, runs / "report"))
+        address = tracking_uri(None, os.environ, runs)
+        print(write_report(linked(report, record, address), runs / "report"))
     else:
         print({"md": render_markdown, "json": render_json, "csv": render_csv}[format](report), end="")
     return 0

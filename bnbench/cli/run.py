@@ -17,9 +17,9 @@ from rich.table import Table as TextTable
 from bnbench import doctor, placement
 from bnbench.cli.preflight import on_fit_gpus
 from bnbench.cli.progress import Display, duration
-from bnbench.cli.recorded import gather, recorded_jobs, result_of, results_of
+from bnbench.cli.recorded import gather, linked, recorded_jobs, result_of, results_of
 from bnbench.data import fetch
-from bnbench.engine.cost import Costs, known_costs, measure_costs, seconds_of
+from bnbench.engine.cost import Costs, known_costs, measure_costs, occupied_seconds, seconds_of
 from bnbench.engine.executors import LocalPool
 from bnbench.engine.lock import hold
 from bnbench.engine.mirror import Mirror
@@ -30,12 +30,12 @@ from bnbench.record import Record
 from bnbench.registry import BadInput, nearest
 from bnbench.report import claim_lines, recipe_lines, render_json, verdict_lines, write_report
 from bnbench.report.words import effect
-from bnbench.study.claims import Verdict
 from bnbench.study.load import load_studies, load_study
 from bnbench.study.programs import Wanted
 from bnbench.study.spec import Study
 from bnbench.study.table import Entry, Table
 from bnbench.study.trial import Trial
+from bnbench.study.verdicts import Verdict
 from bnbench.tracking import Publisher, open_store, places, tracking_uri
 
 #: Seconds that `auto` gives to the full preset where nothing else is said.
@@ -234,7 +234,7 @@ def _print_plan(console: Console, jobs: Sequence[Job], record: Record, costs: Co
     ):
         table.add_column(title, justify=justify)  # type: ignore[arg-type]
     seen: set[str] = set()
-    left = 0.0
+    left = occupied = 0.0
     for job in jobs:
         new = [trial for trial in job.rows if trial.key not in seen]
         seen |= {trial.key for trial in new}
@@ -245,6 +245,7 @@ def _print_plan(console: Console, jobs: Sequence[Job], record: Record, costs: Co
         missing = [] if complete else [trial for trial in new if trial.key not in there]
         cost = _cost(missing, costs)
         left += cost
+        occupied += sum(occupied_seconds(trial, costs, width) for trial in missing)
         table.add_row(
             job.study.name,
             job.preset,
@@ -256,7 +257,8 @@ def _print_plan(console: Console, jobs: Sequence[Job], record: Record, costs: Co
     console.print(table)
     workers = f"{width} worker{'s' if width > 1 else ''}"
     console.print(
-        f"About {left:.0f} core-seconds to train: {duration(left / width)} with {workers}.", highlight=False
+        f"About {left:.0f} core-seconds to train: {duration(occupied / width)} with {workers}.",
+        highlight=False,
     )
 
 
@@ -356,7 +358,7 @@ def _work(
         # The page shows all that the folder holds, not only what this command ran.
         known = {**suite, **{job.study.name: job.study for job in jobs}}
         results = results_of(record, recorded_jobs(record, (), None, known), suite)
-        report = gather(results, request.runs)
+        report = linked(gather(results, request.runs), record, uri)
         page = write_report(report, request.runs / "report")
         drop_weights(request.runs, record, [job for job in jobs if job not in unfinished])
         if publisher is not None:
@@ -364,6 +366,8 @@ def _work(
             for job in jobs:
                 publisher.notify(job.study_hash, files)
             publisher.close()
+            if (complete := linked(report, record, uri)) != report:
+                write_report(complete, page.parent)
         mirror.close()
     except BaseException:
         # Whoever interrupts is not kept waiting: workers first, and what is not published stays recorded.

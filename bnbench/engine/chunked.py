@@ -8,6 +8,7 @@ them waits for the device.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -171,6 +172,8 @@ class ChunkedClassifier(NormClassifier):
         self.after_block = after_block
         self.diverged = False
         self.last_losses: list[float] = []
+        #: When the first block began (`time.perf_counter()`), after all that Lightning does before.
+        self.began = 0.0
         self.optimizer_state: FusedSGD | None = None
         if referring := layers_with_reference(self.model):
             size = reference_size(referring, self.global_batch)
@@ -200,6 +203,7 @@ class ChunkedClassifier(NormClassifier):
 
     def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:  # type: ignore[override]
         """Do the steps [start, stop) of a block."""
+        self.began = self.began or time.perf_counter()
         start, stop = (int(edge) for edge in batch)
         x_all, y_all = self.train_arrays.x, self.train_arrays.y
         indices = step_indices(len(y_all), self.global_batch, start, stop, *self.training_seed)

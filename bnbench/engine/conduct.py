@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field
@@ -65,8 +66,11 @@ def conduct(
 
     Every row is looked up in the record by its key, and trained only where it is missing; equal rows of
     different programs are trained once. At most `width` rows are with the executor at a time, those of
-    earlier programs first. `asked` is told what a program asks for, `done` gets each finished program's
-    lines of the table. `deadline` is a time of `time.monotonic()` after which no further row is started.
+    earlier programs first. A row that is to be trained alone waits until the programs of its name (those of
+    one cell) wait for such rows only, or until nothing else is left; then all that is running ends first, and
+    nothing else starts before it has ended. `asked` is told what a program asks for, `done` gets each
+    finished program's lines of the table. `deadline` is a time of `time.monotonic()` after which no further
+    row is started.
     """
     # A worker may start elsewhere.
     places = str(data.absolute()), str(record.path.parent.absolute())
@@ -76,6 +80,9 @@ def conduct(
     deaths: dict[str, int] = {}
     failed: dict[str, Result] = {}
     ready: list[tuple[int, str]] = []
+    alone: list[tuple[int, str]] = []
+    # How many rows that need not be alone the programs of a name wait for.
+    in_company: Counter[Any] = Counter()
     unfinished = {order: _Running(name, program, order) for order, (name, program) in enumerate(programs)}
 
     def ask(state: _Running, send: dict[str, Result] | None) -> None:
@@ -102,9 +109,11 @@ def conduct(
             for key in (key for key in keys if key in state.missing):
                 if key not in waiting:
                     trials[key] = keys[key]
-                    ready.append((state.order, key))
+                    (alone if keys[key].alone else ready).append((state.order, key))
                 waiting.setdefault(key, []).append(state)
-            ready.sort(key=lambda item: item[0])
+                in_company[state.name] += not keys[key].alone
+            for rows in (ready, alone):
+                rows.sort(key=lambda item: item[0])
             return
 
     def settle(trial: Trial, result: Result) -> None:
@@ -116,8 +125,23 @@ def conduct(
         for state in waiting.pop(trial.key):
             state.got[trial.key] = result
             state.missing.discard(trial.key)
+            in_company[state.name] -= not trial.alone
             if not state.missing:
                 ask(state, state.got)
+
+    def next_key() -> str | None:
+        """The row to start now, if there is one."""
+        if len(in_flight) >= width or any(trial.alone for trial in in_flight.values()):
+            return None
+        if deadline is not None and time.monotonic() >= deadline:
+            return None
+        for item in alone:
+            if not ready or any(not in_company[state.name] for state in waiting[item[1]]):
+                if in_flight:
+                    return None
+                alone.remove(item)
+                return item[1]
+        return ready.pop(0)[1] if ready else None
 
     def start(trial: Trial) -> None:
         task: Callable[..., Result] = train_row  # `devices` is for the executor
@@ -126,9 +150,9 @@ def conduct(
 
     for state in list(unfinished.values()):
         ask(state, None)
-    while ready or in_flight:
-        while ready and len(in_flight) < width and (deadline is None or time.monotonic() < deadline):
-            trial = trials.pop(ready.pop(0)[1])
+    while ready or alone or in_flight:
+        while (key := next_key()) is not None:
+            trial = trials.pop(key)
             observer.started(trial)
             start(trial)
         if not in_flight:

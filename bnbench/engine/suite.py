@@ -12,16 +12,17 @@ from functools import partial
 from pathlib import Path
 
 from bnbench.engine.conduct import Observer, conduct
+from bnbench.engine.rows import check_trial, module_arguments
 from bnbench.engine.search import draw
-from bnbench.engine.train import check_trial, module_arguments
 from bnbench.record import Record
 from bnbench.registry import BadInput
-from bnbench.study.claims import Verdict, adjust, family_sizes, judge, to_json
+from bnbench.study.claims import adjust, family_sizes, judge
 from bnbench.study.programs import Program, Results, Wanted, planned_rows, programs_of
 from bnbench.study.space import most_levels, stand_in
 from bnbench.study.spec import Study
 from bnbench.study.table import Entry, Table
 from bnbench.study.trial import Trial, trial_from
+from bnbench.study.verdicts import Verdict, to_json
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def prepare(study: Study, preset: str) -> Job:
     """Expand a study's rows and check each distinct shape. Raises BadInput that names cell and arm."""
     design = study.design(preset)
     for cell in design.cells:
-        for arm in design.arms:
+        for arm in design.arms_in(cell.name):
             try:
                 check_trial(design.trial(cell, arm, 0))
                 space = arm.space_in(cell.name)
@@ -103,7 +104,9 @@ def run_jobs(
         job = by_hash[name[0]]
         design = job.study.design(job.preset)
         cell = design.cell(name[1])
-        return presets.index(job.preset), sum(cost_of(design.trial(cell, arm, 0)) for arm in design.arms)
+        return presets.index(job.preset), sum(
+            cost_of(design.trial(cell, arm, 0)) for arm in design.arms_in(cell.name)
+        )
 
     places = {name: place(name) for name in left}
     programs.sort(key=lambda named: places[named[0]])
@@ -164,7 +167,7 @@ def keep_best_weights(runs: Path, job: Job, table: Table) -> None:
         for path in (runs / "models").glob("*/*/*/*/trial.json")
     }
     for cell in job.study.design(job.preset).cells:
-        for arm in job.study.design(job.preset).arms:
+        for arm in job.study.design(job.preset).arms_in(cell.name):
             rows = [
                 e for e in table.of(cell=cell.name, arm=arm.name, roles=["own"]) if e.result.status == "done"
             ]

@@ -251,7 +251,7 @@ class _Run:
         losses = self.module.last_losses
         self.progress.step = step
         self.progress.last_loss = ([self.progress.last_loss] + [x for x in losses if math.isfinite(x)])[-1]
-        self.progress.trained_s += time.perf_counter() - self.clock
+        self.progress.trained_s += time.perf_counter() - max(self.clock, self.module.began)
         if not self.module.diverged:
             if step in self.looks:
                 self.look()

@@ -1,6 +1,6 @@
 """The look of the figures: colours, line styles, and SVG that fits a light and a dark page.
 
-The only file besides figures.py and search_figures.py that touches matplotlib.
+Only this file, forest.py, figures.py and search_figures.py touch matplotlib.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import io
 import math
 import re
+import statistics
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.style
 from matplotlib.figure import Figure
@@ -37,6 +39,10 @@ DECISION_COLOURS = {
     "INCONCLUSIVE": "#7d8893",
     "MIXED": "#9a6cc0",
 }
+
+#: The SVG of a marker's shape, and of a mark that has it, which may be a link.
+_SHAPE = r"(?: *<defs> *<path [^>]*/> *</defs>)"
+_MARK = r" *(?:<a [^>]*>)? *<use [^>]*/> *(?:</a>)?"
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -80,6 +86,16 @@ class ArmStyle:
     colour: str
     dashes: Any
     marker: str
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One training in a figure: `url` is the page that shows it, if there is one."""
+
+    x: float
+    y: float
+    diverged: bool = False
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,26 +157,34 @@ def finish(figure: Figure, name: str, title: str) -> Drawing:
     body = body.replace("xlink:href", "href")
     body = re.sub(r"\n\s*", " ", body).strip()
     body = _with_own_ids(body, name)
-    body = re.sub(r"<g([^>]*)>((?: *<use [^>]*/>){2,}) *</g>", _with_one_style, body)
+    body = re.sub(rf"<g([^>]*)>({_SHAPE}?)((?:{_MARK}){{2,}}) *</g>", _with_one_style, body)
     head = f'<svg role="img" viewBox="{found[1]}" stroke-linejoin="round" stroke-linecap="butt">'
     return Drawing(name, title, f"{head}<title>{escape(title)}</title>{body}</svg>")
 
 
 def _with_own_ids(body: str, name: str) -> str:
-    """Number the ids that something refers to, under the figure's name, and drop all others."""
+    """Number the ids that something refers to, under a short name of the figure's, and drop all others."""
+    short = f"f{zlib.crc32(name.encode()):x}"
     used = dict.fromkeys(re.findall(r'(?:url\(|href=")#([^)"]+)', body))
-    own = {old: f"{name}-{i}" for i, old in enumerate(used)}
+    own = {old: f"{short}-{i}" for i, old in enumerate(used)}
     body = re.sub(r'(url\(|href=")#([^)"]+)', lambda found: f"{found[1]}#{own[found[2]]}", body)
     return re.sub(r' id="([^"]+)"', lambda found: f' id="{own[found[1]]}"' if found[1] in own else "", body)
 
 
 def _with_one_style(group: re.Match[str]) -> str:
     """Say the style of many equal marks once; hundreds of dots would be most of a page."""
-    styles = set(re.findall(r' style="[^"]*"', group[2]))
+    styles = set(re.findall(r' style="[^"]*"', group[3]))
     if len(styles) != 1 or "style=" in group[1]:
         return group[0]
     style = styles.pop()
-    return f"<g{group[1]}{style}>{group[2].replace(style, '')}</g>"
+    return f"<g{group[1]}{style}>{group[2]}{group[3].replace(style, '')}</g>"
+
+
+def draw_lines(axes: Any, lines: Iterable[Sequence[tuple[float, float]]], **looks: Any) -> None:
+    """Draw thin lines of one look as a single path, which makes an SVG of many lines half as long."""
+    gap = (math.nan, math.nan)
+    points = [point for line in lines for point in (*line, gap)]
+    axes.plot([x for x, _ in points], [y for _, y in points], linewidth=0.6, **looks)
 
 
 def percent(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -182,11 +206,12 @@ def panel(
     legend: Iterable[str],
     styles: Mapping[str, ArmStyle],
     *,
+    marks: Iterable[str] = (),
     markers: bool = False,
     foot: float = 38.0,
     left: float = 52.0,
 ) -> tuple[Figure, Any]:
-    """A figure with one panel, and above it a legend of these arms, as many in a line as fit.
+    """A figure with one panel, and above it a legend of these arms and marks, as many in a line as fit.
 
     The margins are given, since matplotlib's own layout takes as long as all the drawing.
     """
@@ -197,17 +222,80 @@ def panel(
         )
         for arm in legend
     ]  # fmt: skip
+    lines += [draw_mark(kind) for kind in marks]
+    size = 10.5 if len(lines) <= 8 else 9.0
     longest = max((len(str(line.get_label())) for line in lines), default=0)
-    columns = max(1, min(4, 46 // (longest + 6)))
-    head = 8.0 + 19.0 * math.ceil(len(lines) / columns)
+    columns = max(1, min(4, int((WIDTH - 8) // ((4.8 + 0.6 * longest) * size))))
+    head = 8.0 + 1.8 * size * math.ceil(len(lines) / columns)
     height += head
     figure = new_figure(WIDTH, height)
     axes = figure.add_axes(
         (left / WIDTH, foot / height, (WIDTH - left - 8) / WIDTH, (height - head - foot) / height)
     )
     if lines:
-        figure.legend(handles=lines, loc="upper left", ncols=columns, borderaxespad=0.2)
+        looks: dict[str, Any] = {"fontsize": size, "handlelength": 2.6 if legend else 1.2}
+        figure.legend(handles=lines, loc="upper left", ncols=columns, borderaxespad=0.2, **looks)
     return figure, axes
+
+
+def draw_dots(
+    axes: Any,
+    dots: Iterable[Dot],
+    limits: tuple[float, float],
+    *,
+    along: Literal["x", "y"],
+    **looks: Any,
+) -> None:
+    """Draw every training: a cross where it diverged, a triangle at the edge where it is beyond the limits.
+
+    `limits` bound the axis `along` which trainings differ; `looks` are colour, marker, size and alpha of
+    those that neither diverged nor are beyond.
+    """
+    low, high = limits
+    ends = ("<", ">") if along == "x" else ("v", "^")
+    looks = {"linewidths": 0, "zorder": 2, **looks}
+    groups: dict[str, list[Dot]] = {}
+    for dot in dots:
+        value = dot.x if along == "x" else dot.y
+        beyond = ends[0] if value < low else ends[1] if value > high else ""
+        kept = min(max(value, low), high)
+        place = (kept, dot.y) if along == "x" else (dot.x, kept)
+        groups.setdefault("x" if dot.diverged else beyond, []).append(Dot(*place, dot.diverged, dot.url))
+    for marker, some in groups.items():
+        own: dict[str, Any] = {"marker": marker} if marker else {}
+        own |= {"linewidths": 1.2, "alpha": 0.9, "s": max(looks["s"], 16)} if marker == "x" else {}
+        drawn = axes.scatter(
+            [dot.x for dot in some], [dot.y for dot in some], clip_on=False, **{**looks, **own}
+        )
+        if any(dot.url for dot in some):
+            drawn.set_urls([dot.url or None for dot in some])
+
+
+def marks_of(values: Iterable[float], limits: tuple[float, float], *, diverged: bool) -> tuple[str, ...]:
+    """Which marks besides dots a figure needs, for its legend."""
+    beyond = any(not limits[0] <= value <= limits[1] for value in values)
+    return ("diverged",) * diverged + ("beyond the scale",) * beyond
+
+
+def draw_mark(kind: str) -> Line2D:
+    """One of these marks with its name, for a legend."""
+    marker = "x" if kind == "diverged" else "<"
+    return Line2D([], [], color=INK, linestyle="none", marker=marker, markersize=5, label=kind)
+
+
+def fence(groups: Iterable[Sequence[float]], least: float) -> tuple[float, float]:
+    """Where a scale begins and ends, so that a few far values leave the rest some room.
+
+    It holds the mean and the quartiles of every group and reaches as far as the values do, but no further
+    than twice the span of those numbers, and of `least`, beyond them.
+    """
+    groups = [values for values in groups if values]
+    core = [statistics.fmean(values) for values in groups]
+    for values in groups:
+        core += statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values
+    room = 2 * max(max(core) - min(core), least)
+    every = [value for values in groups for value in values]
+    return max(min(every), min(core) - room), min(max(every), max(core) + room)
 
 
 def cut(text: str, length: int) -> str:

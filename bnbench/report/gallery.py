@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from bnbench.report.drawing import ArmStyle, Drawing, arm_styles
-from bnbench.report.figures import ForestRow, draw_curves, draw_forest, draw_pairs, draw_sweep
+from bnbench.report.drawing import ArmStyle, Dot, Drawing, arm_styles
+from bnbench.report.figures import draw_curves, draw_replicates, draw_sweep
+from bnbench.report.forest import ForestRow, draw_forest
 from bnbench.report.result import Report, StudyResult
 from bnbench.report.search_figures import (
     Expectation,
@@ -26,12 +27,21 @@ from bnbench.report.searches import (
     searched_arms,
     searches_of,
 )
-from bnbench.report.summaries import USABLE_MARGIN, learning_curve, paired_scores, sweep
-from bnbench.report.words import ORDER, dimension_words, status
+from bnbench.report.sentences import ORDER, status
+from bnbench.report.summaries import (
+    USABLE_MARGIN,
+    confirmed,
+    diverged_replicates,
+    learning_curve,
+    score,
+    score_metric,
+    sweep,
+)
+from bnbench.report.words import dimension_words
 from bnbench.study import Claim
-from bnbench.study.claims import ClaimVerdict, Verdict
 from bnbench.study.design import Arm, Cell, Design
-from bnbench.study.table import Role
+from bnbench.study.table import Entry, Role
+from bnbench.study.verdicts import ClaimVerdict
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ def draw_all(report: Report) -> Gallery:
         anchors("claim", [claim.id for claim, _ in report.claims]), report.claims, strict=True
     ):
         if verdict.cells:
-            claims[claim.id] = _forest(name, claim, verdict)
+            claims[claim.id] = _forest(report, name, claim, verdict)
     names = anchors("study", [f"{r.study.name} {r.preset}" for r in report.results])
     studies = tuple(
         tuple(
@@ -100,25 +110,29 @@ def draw_all(report: Report) -> Gallery:
     return Gallery(styles, claims, studies, _headline(report))
 
 
-def _forest(name: str, claim: Claim, verdict: ClaimVerdict) -> Drawing:
+def _forest(report: Report, name: str, claim: Claim, verdict: ClaimVerdict) -> Drawing:
     units = {cell.unit for cell in verdict.cells}
-    rows = [ForestRow(label, v) for label, v in _labelled(verdict)]
     title = f"{claim.id}: the effect in every primary cell with its simultaneous interval"
-    return draw_forest(f"{name}-effects", title, rows, in_delta=len(units) > 1)
+    return draw_forest(f"{name}-effects", title, _forest_rows(report, verdict), in_delta=len(units) > 1)
 
 
-def _labelled(verdict: ClaimVerdict) -> list[tuple[str, Verdict]]:
+def _forest_rows(report: Report, verdict: ClaimVerdict) -> list[ForestRow]:
     """Each cell with its name, and with its hypothesis where the claim has several."""
     several = len({(cell.study, cell.hypothesis) for cell in verdict.cells}) > 1
-    return [(f"{v.hypothesis} · {v.cell}" if several else v.cell, v) for v in verdict.cells]
+    rows = []
+    for v in verdict.cells:
+        result = report.study_of(v)
+        lost = diverged_replicates(result, v) if result else frozenset()
+        rows.append(ForestRow(f"{v.hypothesis} · {v.cell}" if several else v.cell, v, diverged=lost))
+    return rows
 
 
 def _headline(report: Report) -> Drawing | None:
     rows = []
     for claim, verdict in in_order(report):
-        for i, (label, cell) in enumerate(_labelled(verdict)):
+        for i, row in enumerate(_forest_rows(report, verdict)):
             heading = (f"{claim.id}  {claim.sentence}", verdict.decision) if i == 0 else None
-            rows.append(ForestRow(label, cell, heading))
+            rows.append(replace(row, heading=heading))
     if not rows:
         return None
     title = "Every primary cell of every claim, in units of the smallest effect that matters"
@@ -236,15 +250,15 @@ def _slices(
 
 def _groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> list[Group]:
     design = result.design
-    arms = [arm.name for arm in design.arms]
     grid_role: Role = "sweep" if result.study.program == "sweep" else "tune"
     curves: dict[str, list[tuple[str, Drawing]]] = {"own": [], "common": []}
     sweeps, pairs = [], []
     best = "settings" if has_searches(design) else "learning rates"
     metric = "best validation accuracy" if grid_role == "sweep" else "test accuracy"
     for i, cell in enumerate(design.cells, start=1):
-        there = {arm: result.table.of(cell=cell.name, arm=arm) for arm in arms}
-        on_grid = {arm.name for arm in design.arms if not arm.space_in(cell.name)}
+        arms = design.arms_in(cell.name)
+        there = {arm.name: result.table.of(cell=cell.name, arm=arm.name) for arm in arms}
+        on_grid = {arm.name for arm in arms if not arm.space_in(cell.name)}
         rates = {
             arm: sweep([e for e in rows if e.role == grid_role])
             for arm, rows in there.items()
@@ -261,8 +275,8 @@ def _groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> l
                 target = cell.constants.get("target")
                 drawing = draw_curves(f"{name}-curves-{role}-{i}", cell.name, bands, styles, target, note)
                 curves[role].append((cell.name, drawing))
-        if scores := paired_scores(result, cell.name):
-            drawing = draw_pairs(f"{name}-replicates-{i}", cell.name, scores, styles, metric)
+        if trainings := _dots(result, cell.name):
+            drawing = draw_replicates(f"{name}-replicates-{i}", cell.name, trainings, styles, metric)
             pairs.append((cell.name, drawing))
     return [
         Group(
@@ -278,7 +292,8 @@ def _groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> l
         ),
         Group(
             "Validation accuracy over the learning rate",
-            "Thin: one replicate each. Bold: their mean. Bars at the bottom: where the mean is within"
+            "Small dots and thin lines: one replicate each, crosses where it diverged. Bold: their mean. Bars"
+            " at the bottom: where the mean is within"
             f" {100 * USABLE_MARGIN:g} percentage points of the arm's own best. A diverged training counts as"
             " guessing.",
             tuple(sweeps),
@@ -287,7 +302,20 @@ def _groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> l
             f"Every replicate: {metric}",
             "A dot is one training"
             + (" at its best learning rate of the grid" if grid_role == "sweep" else "")
-            + ". A grey line joins the arms of one replicate, which saw the same data. Bars are means.",
+            + ", a cross one that diverged, a triangle one beyond the scale. A grey line joins the arms of"
+            " one replicate, which saw the same data. Bars are means."
+            + (" A dot opens its run in the MLflow UI." if result.links and grid_role == "tune" else ""),
             tuple(pairs),
         ),
     ]
+
+
+def _dots(result: StudyResult, cell: str) -> dict[str, dict[int, Dot]]:
+    """The confirmed trainings of a cell by arm and replicate, x being their accuracy."""
+    metric = score_metric(result)
+
+    def dot(e: Entry) -> Dot:
+        diverged, page = e.result.status == "diverged", result.links.get(e.trial.key, "")
+        return Dot(score(e, metric) or 0.0, 0.0, diverged, page)
+
+    return {arm: {r: dot(e) for r, e in there.items()} for arm, there in confirmed(result, cell).items()}

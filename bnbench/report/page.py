@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from bnbench.registry import BadInput
-from bnbench.report import words
+from bnbench.report import sentences, words
+from bnbench.report.advice import ADVICE_HEADS, advice_rows
 from bnbench.report.drawing import ArmStyle
 from bnbench.report.gallery import Gallery, anchors, draw_all, in_order
 from bnbench.report.plain import render_json
@@ -25,7 +26,7 @@ from bnbench.report.result import Report, StudyResult
 from bnbench.report.summaries import changed_keys, failures, number_heads, number_rows
 from bnbench.report.terms import space_words, tuning_terms
 from bnbench.study import Hypothesis
-from bnbench.study.claims import Verdict
+from bnbench.study.verdicts import Verdict
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -104,16 +105,17 @@ def _render(report: Report, gallery: Gallery) -> str:
         finalize=lambda value: "–" if value is None else value,
     )
     environment.filters.update(
-        amount=words.amount, effect=words.effect, explain=words.explain, p=words.probability,
-        digits=words.plain, duration=words.duration, values=_values, day=_day, status=words.status,
-        conclude=words.conclude,
+        amount=words.amount, effect=words.effect, explain=sentences.explain, p=words.probability,
+        digits=words.plain, duration=words.duration, values=_values, day=_day, status=sentences.status,
+        beside=sentences.beside, matters=_matters,
+        conclude=lambda verdict: sentences.conclude(verdict, report.condition(verdict)),
         badge=lambda text: text.lower().replace(" ", "-"), svg=lambda drawing: Markup(drawing.inline),
         swatch=_swatch, space_words=space_words,
     )  # fmt: skip
     claim_ids = anchors("claim", [claim.id for claim, _ in report.claims])
     by_id = {claim.id: anchor for (claim, _), anchor in zip(report.claims, claim_ids, strict=True)}
     study_ids = anchors("study", [f"{r.study.name} {r.preset}" for r in report.results])
-    counts = Counter(words.status(verdict) for _, verdict in report.claims)
+    counts = Counter(sentences.status(verdict) for _, verdict in report.claims)
     rows = {e.trial.key: e for result in report.results for e in result.table.entries}
     return environment.get_template("page.html.j2").render(
         report=report,
@@ -123,8 +125,11 @@ def _render(report: Report, gallery: Gallery) -> str:
             _study(result, anchor, groups)
             for result, anchor, groups in zip(report.results, study_ids, gallery.studies, strict=True)
         ],
-        study_anchor=dict(zip([r.study.name for r in report.results], study_ids, strict=True)),
-        counts=[(name.lower(), counts[name]) for name in words.ORDER if counts[name]],
+        study_anchor={r.study_hash: anchor for r, anchor in zip(report.results, study_ids, strict=True)},
+        judged=[r for r in report.results if any(v.primary for v in r.verdicts)],
+        advice_heads=ADVICE_HEADS,
+        advice=advice_rows(report),
+        counts=[(name.lower(), counts[name]) for name in sentences.ORDER if counts[name]],
         trainings=len(rows),
         diverged=sum(e.result.status == "diverged" for e in rows.values()),
         failed=sum(e.result.status == "failed" for e in rows.values()),
@@ -162,6 +167,11 @@ def _by_hypothesis(result: StudyResult, *, primary: bool) -> list[tuple[Hypothes
         if hypothesis.primary == primary
     ]
     return [pair for pair in found if pair[1]]
+
+
+def _matters(cells: Sequence[Verdict]) -> str:
+    """The smallest effects that matter in some cells: `1.25 ×`, `0.5 pp or 1 pp`."""
+    return " or ".join(dict.fromkeys(words.amount(v.delta, v.unit) for v in cells))
 
 
 def _values(mapping: Mapping[str, Any]) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from bnbench.report.advice import ADVICE_HEADS, advice_rows, advise
 from bnbench.report.gallery import in_order
 from bnbench.report.recipes import (
     LEVEL,
@@ -22,8 +24,9 @@ from bnbench.report.recipes import (
     recipes_of,
 )
 from bnbench.report.result import Report, StudyResult
-from bnbench.report.words import amount, conclude, dimension_words, effect, explain, probability, status
-from bnbench.study.claims import to_json
+from bnbench.report.sentences import conclude, explain, status
+from bnbench.report.words import amount, dimension_words, effect, probability
+from bnbench.study.verdicts import to_json
 
 _TERMINAL_COLOURS = {
     "SUPPORTED": "bold green",
@@ -50,18 +53,30 @@ def render_json(report: Report) -> str:
         for result in report.results
     ]
     claims = [
-        {"sentence": claim.sentence, "status": status(verdict), **to_json(verdict)}
+        {
+            "sentence": claim.sentence,
+            "status": status(verdict),
+            "conclusion": conclude(verdict, report.condition(verdict)),
+            "literature": list(claim.literature),
+            **to_json(verdict),
+        }
         for claim, verdict in report.claims
     ]
-    whole = {"claims": claims, "studies": studies}
+    advice = [{"best": line.best, **asdict(line)} for line in advise(report)]
+    whole = {"claims": claims, "advice": advice, "studies": studies}
     return json.dumps(whole, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def render_markdown(report: Report) -> str:
-    """The claims, the verdicts and the recipes as Markdown tables."""
+    """The claims, the advice, the verdicts and the recipes as Markdown tables."""
     lines = ["| claim | verdict | in one sentence |", "| --- | --- | --- |"]
     for claim, verdict in in_order(report):
-        lines.append(_markdown_row(f"{claim.id}: {claim.sentence}", status(verdict), conclude(verdict)))
+        said = conclude(verdict, report.condition(verdict))
+        lines.append(_markdown_row(f"{claim.id}: {claim.sentence}", status(verdict), said))
+    if advice := advice_rows(report):
+        lines += ["", "## Should I use batch normalization here? (exploratory)", ""]
+        lines += [_markdown_row(*ADVICE_HEADS), "| --- " * len(ADVICE_HEADS) + "|"]
+        lines += [_markdown_row(*row) for row in advice]
     for result in report.results:
         lines += [
             "",
@@ -176,6 +191,9 @@ def claim_lines(report: Report) -> RichTable | Text:
         smallest = min((c.p_holm for c in verdict.cells if c.p_holm is not None), default=None)
         decision = Text(status(verdict), style=_TERMINAL_COLOURS[status(verdict)])
         table.add_row(
-            Text(f"{claim.id} {claim.sentence}"), decision, probability(smallest), Text(conclude(verdict))
+            Text(f"{claim.id} {claim.sentence}"),
+            decision,
+            probability(smallest),
+            Text(conclude(verdict, report.condition(verdict))),
         )
     return table

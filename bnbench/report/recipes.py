@@ -20,6 +20,7 @@ from bnbench.report.searches import (
 from bnbench.report.summaries import paired_scores
 from bnbench.report.words import decimals, dimension_words, median_range, plain, signed
 from bnbench.study.design import Arm, Cell
+from bnbench.study.space import point_of
 from bnbench.study.stats import paired_t_interval
 
 LEVEL = 0.95
@@ -80,7 +81,7 @@ def recipes_of(result: StudyResult, cell: Cell) -> list[Recipe]:
     if not searched_arms(design, cell):
         return []
     scores = paired_scores(result, cell.name)
-    return [_recipe(result, cell, arm, scores) for arm in design.arms]
+    return [_recipe(result, cell, arm, scores) for arm in design.arms_in(cell.name)]
 
 
 def _recipe(result: StudyResult, cell: Cell, arm: Arm, scores: Mapping[str, Mapping[int, float]]) -> Recipe:
@@ -115,7 +116,7 @@ def _settings(result: StudyResult, cell: Cell, arm: Arm) -> tuple[dict[str, str]
     space = arm.space_in(cell.name)
     larger = larger_arm(result.design, cell, arm)
     rest = () if larger is None else larger.space_in(cell.name)
-    tuned = _chosen([readable_point(space, row) for row in rows] if space else [{"lr": r.lr} for r in rows])
+    tuned = _chosen([point_of(space, row) if space else {"lr": row.lr} for row in rows])
     given = _chosen([readable_point(rest, row) for row in rows])
     return tuned, {name: text for name, text in given.items() if name not in tuned}
 

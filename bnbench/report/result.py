@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bnbench.study import Claim, Study, Table
-from bnbench.study.claims import ClaimVerdict, Verdict
+from bnbench.study import Claim, Hypothesis, Study, Table
 from bnbench.study.design import Design
+from bnbench.study.verdicts import ClaimVerdict, Verdict
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class StudyResult:
     """One definition of a study, its rows and its verdicts.
 
     `planned` is the number of rows that the preset asks for at most; `registered` holds the hash, the time
-    (seconds since 1970) and the definition of every version that was ever registered, oldest first.
+    (seconds since 1970) and the definition of every version that was ever registered, oldest first. `links`
+    has, by the key of a row, the address of the page that shows its training, where there is one.
     """
 
     study: Study
@@ -28,6 +29,7 @@ class StudyResult:
     verdicts: tuple[Verdict, ...]
     planned: int
     registered: tuple[tuple[str, float, Mapping[str, Any]], ...] = ()
+    links: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def design(self) -> Design:
@@ -45,7 +47,8 @@ class StudyResult:
         if self.verdicts:
             return all(verdict.gate != "incomplete" for verdict in self.verdicts)
         own = {(e.cell, e.arm, e.replicate) for e in self.table.entries if e.role == "own"}
-        wanted = len(self.design.cells) * len(self.design.arms) * self.design.replicates
+        arms = sum(len(self.design.arms_in(cell.name)) for cell in self.design.cells)
+        wanted = arms * self.design.replicates
         return self.recorded >= self.planned or len(own) >= wanted
 
     @property
@@ -74,9 +77,65 @@ class Report:
     runs: Path = Path("runs")
 
     def study_of(self, verdict: Verdict) -> StudyResult | None:
-        """The study that gave a verdict."""
-        return next((result for result in self.results if result.study.name == verdict.study), None)
+        """The study, at the preset at which it was judged, that gave a verdict."""
+        return next((result for result in self.results if verdict in result.verdicts), None)
+
+    def studies_of(self, verdict: ClaimVerdict) -> tuple[StudyResult, ...]:
+        """The studies that a claim's verdict rests on, in the report's order."""
+        found = [self.study_of(cell) for cell in verdict.cells]
+        return tuple(result for result in self.results if any(result is other for other in found))
+
+    def hypotheses_of(self, verdict: ClaimVerdict) -> list[tuple[Hypothesis | None, tuple[Verdict, ...]]]:
+        """A claim's primary hypotheses with their cells, each hypothesis by itself."""
+        groups: dict[tuple[str, str], list[Verdict]] = {}
+        for cell in verdict.cells:
+            groups.setdefault((cell.study, cell.hypothesis), []).append(cell)
+        return [(self._hypothesis(cells[0]), tuple(cells)) for cells in groups.values()]
+
+    def _hypothesis(self, verdict: Verdict) -> Hypothesis | None:
+        result = self.study_of(verdict)
+        declared = result.study.hypotheses if result else ()
+        return next((h for h in declared if h.name == verdict.hypothesis), None)
+
+    def condition(self, verdict: ClaimVerdict) -> str:
+        """What sets the cells that support a claim apart from those that refute it, or nothing.
+
+        A field of the rows, first of all the network and the data, whose values on the two sides share none:
+        `the network (mlp against cnn)`.
+        """
+        sides = [
+            [self._settings(cell) for cell in verdict.cells if cell.on_claim == decision]
+            for decision in ("SUPPORTED", "REFUTED")
+        ]
+        if not all(sides):
+            return ""
+        names = dict.fromkeys(("model", "data", *(name for side in sides for row in side for name in row)))
+        for name in names:
+            here, there = (list(dict.fromkeys(row.get(name, "default") for row in side)) for side in sides)
+            if not set(here) & set(there):
+                words = _FIELD_WORDS.get(name, name.replace("_", " "))
+                return f"the {words} ({', '.join(here)} against {', '.join(there)})"
+        return ""
+
+    def _settings(self, verdict: Verdict) -> dict[str, str]:
+        """What a cell changes, by field; the network and the data always."""
+        result = self.study_of(verdict)
+        if result is None:
+            return {}
+        cell = result.design.cell(verdict.cell)
+        row = {"model": result.design.base.model, "data": result.design.base.data, **cell.changes}
+        return {name: as_words(value) for name, value in row.items() if name != "steps"}
 
     def exploratory(self, claim: Claim) -> tuple[Verdict, ...]:
         """The verdicts on a claim's hypotheses that were declared as exploratory."""
         return tuple(v for r in self.results for v in r.verdicts if v.claim == claim.id and not v.primary)
+
+
+_FIELD_WORDS = {"model": "network", "n_train": "number of training examples"}
+
+
+def as_words(value: Any) -> str:
+    """A plain value for people: `ghost_size=16` for options."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={part}" for name, part in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)

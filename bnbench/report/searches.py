@@ -11,7 +11,7 @@ from bnbench.engine.search import importances
 from bnbench.report.result import StudyResult
 from bnbench.report.summaries import score
 from bnbench.study.design import Arm, Cell, Design
-from bnbench.study.space import Point, Space, fields_of
+from bnbench.study.space import Point, Space, fields_of, point_of
 from bnbench.study.table import Entry
 from bnbench.study.trial import Trial
 
@@ -36,7 +36,7 @@ class Search:
 
 def searched_arms(design: Design, cell: Cell) -> list[Arm]:
     """The arms that search a space in a cell."""
-    return [arm for arm in design.arms if arm.space_in(cell.name)]
+    return [arm for arm in design.arms_in(cell.name) if arm.space_in(cell.name)]
 
 
 def has_searches(design: Design) -> bool:
@@ -55,18 +55,15 @@ def searches_of(result: StudyResult, cell: Cell, arm: Arm) -> tuple[Search, ...]
     return tuple(
         Search(
             replicate,
-            tuple((readable_point(space, row.trial), score(row, "val/acc")) for row in rows),
-            _distinct(readable_point(space, e.trial) for e in confirmed if once or e.replicate == replicate),
+            tuple((point_of(space, row.trial), score(row, "val/acc")) for row in rows),
+            _distinct(point_of(space, e.trial) for e in confirmed if once or e.replicate == replicate),
         )
         for replicate, rows in sorted(by_replicate.items())
     )
 
 
 def readable_point(space: Space, trial: Trial) -> dict[str, Any]:
-    """The values of a row in the dimensions of a space; without those of which it has none.
-
-    A smoke test cuts all trainings to two steps, so its rows have no batch size with its number of steps.
-    """
+    """The values of a row in the dimensions of another arm's space; without those of which it has none."""
     point = {}
     for dimension in space:
         try:
@@ -113,8 +110,7 @@ def importances_of(space: Space, searches: Iterable[Search]) -> dict[str, tuple[
     """
     if len(space) < 2:
         return {}
-    whole = [[t for t in search.trials if len(t[0]) == len(space)] for search in searches]
-    found = [shares for history in whole if (shares := importances(space, history))]
+    found = [shares for search in searches if (shares := importances(space, search.trials))]
     return {d.name: tuple(shares[d.name] for shares in found) for d in space} if found else {}
 
 
@@ -133,7 +129,7 @@ def learning_rate_arm(design: Design, cell: Cell, arm: Arm) -> Arm | None:
 
 def grid_arm(design: Design, cell: Cell, baseline: str) -> Arm | None:
     """The arm to which recipes are compared: the only one on the grid, or among several the baseline."""
-    arms = [arm for arm in design.arms if not arm.space_in(cell.name)]
+    arms = [arm for arm in design.arms_in(cell.name) if not arm.space_in(cell.name)]
     if len(arms) == 1:
         return arms[0]
     return next((arm for arm in arms if arm.name == baseline), None)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bnbench.report.result import StudyResult
 from bnbench.report.words import median_range, plain, spans
-from bnbench.study.estimands import stuck, usable_lr_width
+from bnbench.study.estimands import steps_to_target, stuck, usable_lr_width
+from bnbench.study.stats import restricted_mean
 from bnbench.study.table import Entry, Role
+from bnbench.study.verdicts import Verdict
 
 #: The fall below an arm's own best validation accuracy within which a learning rate counts as usable.
 USABLE_MARGIN = 0.02
@@ -30,9 +33,13 @@ class Band:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A metric over the learning rate: each replicate's points, and their mean where there are any."""
+    """A metric over the learning rate: each replicate's points, and their mean where there are any.
+
+    `diverged` are the points whose training diverged.
+    """
 
     replicates: Mapping[int, tuple[tuple[float, float], ...]]
+    diverged: tuple[tuple[float, float], ...]
     mean: tuple[tuple[float, float], ...]
     usable: tuple[tuple[float, float], ...]
 
@@ -78,17 +85,21 @@ def sweep(entries: Sequence[Entry], metric: str = "val/acc") -> Sweep | None:
     """A metric over the grid of one arm in one cell."""
     by_replicate: dict[int, list[tuple[float, float]]] = {}
     by_lr: dict[float, list[float]] = {}
+    lost: list[tuple[float, float]] = []
     for entry in sorted(entries, key=lambda e: e.trial.lr):
         value = score(entry, metric)
         if value is not None:
             by_replicate.setdefault(entry.replicate, []).append((entry.trial.lr, value))
             by_lr.setdefault(entry.trial.lr, []).append(value)
+            if entry.result.status == "diverged":
+                lost.append((entry.trial.lr, value))
     if not by_lr:
         return None
     mean = tuple((lr, statistics.fmean(values)) for lr, values in sorted(by_lr.items()))
     chance = next((e["chance"] for e in entries if "chance" in e.result.metrics), 0.0)
     threshold = max(max(value for _, value in mean) - USABLE_MARGIN, 1.5 * chance)
-    return Sweep({r: tuple(p) for r, p in sorted(by_replicate.items())}, mean, _above(mean, threshold))
+    replicates = {r: tuple(p) for r, p in sorted(by_replicate.items())}
+    return Sweep(replicates, tuple(lost), mean, _above(mean, threshold))
 
 
 def _above(points: Sequence[tuple[float, float]], threshold: float) -> tuple[tuple[float, float], ...]:
@@ -111,24 +122,53 @@ def _above(points: Sequence[tuple[float, float]], threshold: float) -> tuple[tup
     return tuple(stretches)
 
 
+def confirmed(result: StudyResult, cell: str) -> dict[str, dict[int, Entry]]:
+    """The training that stands for an arm, by replicate: the confirmed one, or the best of a sweep's grid."""
+    role: Role = "sweep" if result.study.program == "sweep" else "own"
+    metric = score_metric(result)
+    found: dict[str, dict[int, Entry]] = {}
+    for arm in (a.name for a in result.design.arms_in(cell)):
+        there: dict[int, Entry] = {}
+        best: dict[int, float] = {}
+        for entry in result.table.of(cell=cell, arm=arm, roles=(role,)):
+            value = score(entry, metric)
+            if value is not None and value > best.get(entry.replicate, -math.inf):
+                there[entry.replicate], best[entry.replicate] = entry, value
+        if there:
+            found[arm] = there
+    return found
+
+
+def score_metric(result: StudyResult) -> str:
+    """The accuracy by which a study's confirmed trainings, or the best of its grids, are shown."""
+    return "val/acc" if result.study.program == "sweep" else "test/acc"
+
+
 def paired_scores(result: StudyResult, cell: str) -> dict[str, dict[int, float]]:
     """Accuracy by arm and replicate: of the confirmed row, or the best of the grid in a sweep."""
-    scores: dict[str, dict[int, float]] = {}
-    for arm in (a.name for a in result.design.arms):
-        found: dict[int, float] = {}
-        if result.study.program == "sweep":
-            for entry in result.table.of(cell=cell, arm=arm, roles=("sweep",)):
-                value = score(entry, "val/acc")
-                if value is not None:
-                    found[entry.replicate] = max(value, found.get(entry.replicate, 0.0))
-        else:
-            for entry in result.table.of(cell=cell, arm=arm, roles=("own",)):
-                value = score(entry, "test/acc")
-                if value is not None:
-                    found[entry.replicate] = value
-        if found:
-            scores[arm] = found
-    return scores
+    metric = score_metric(result)
+    return {
+        arm: {r: value for r, entry in there.items() if (value := score(entry, metric)) is not None}
+        for arm, there in confirmed(result, cell).items()
+    }
+
+
+def diverged_replicates(result: StudyResult, verdict: Verdict) -> frozenset[int]:
+    """The replicates in which a confirmed training that a verdict reads diverged.
+
+    A sweep reads whole grids, whose ends are there to diverge; it has none.
+    """
+    hypothesis = next((h for h in result.study.hypotheses if h.name == verdict.hypothesis), None)
+    if hypothesis is None or result.study.program == "sweep":
+        return frozenset()
+    bound = hypothesis.estimand.keywords if isinstance(hypothesis.estimand, partial) else {}
+    role: Role = "common" if bound.get("role") == "common" else "own"
+    return frozenset(
+        entry.replicate
+        for arm in (*hypothesis.better, *hypothesis.other)
+        for entry in result.table.of(cell=verdict.cell, arm=arm, roles=(role,))
+        if entry.result.status == "diverged"
+    )
 
 
 def mean_sd(values: Sequence[float], scale: float = 1.0, places: int = 2) -> str:
@@ -146,6 +186,7 @@ _ROLE_WORDS: dict[Role, str] = {
     "sweep": "whole grid",
     "tune": "tuning",
     "shortlist": "comparing the best",
+    "timing": "step time",
 }
 #: Column heads of the table of numbers, with the metric, the factor to the shown unit, and the decimals.
 _COLUMNS = (
@@ -164,6 +205,7 @@ def number_heads(result: StudyResult) -> list[str]:
         measured = ["best validation accuracy, %", usable, "best lr"]
     else:
         measured = [head for head, *_ in _COLUMNS] + ["lr, median (range)"]
+        measured += [head for head, _ in _sometimes(result)]
     return ["arm", "training", *measured, "trainings", "diverged", "stuck", "ms per step"]
 
 
@@ -171,8 +213,9 @@ def number_rows(result: StudyResult, cell: str) -> list[list[str]]:
     """Mean ± standard deviation over replicates, arm by arm."""
     rows = []
     roles: tuple[Role, ...] = ("sweep",) if result.study.program == "sweep" else ("own", "common")
+    sometimes = _sometimes(result)
     for role in roles:
-        for arm in (a.name for a in result.design.arms):
+        for arm in (a.name for a in result.design.arms_in(cell)):
             rows_there = result.table.of(cell=cell, arm=arm, roles=(role,))
             entries = [e for e in rows_there if e.result.status != "failed"]
             if not entries:
@@ -182,14 +225,62 @@ def number_rows(result: StudyResult, cell: str) -> list[list[str]]:
             else:
                 measured = [_column(entries, metric, scale, places) for _, metric, scale, places in _COLUMNS]
                 measured.append(median_range([e.trial.lr for e in entries]))
+                measured += [say(result, cell, entries) for _, say in sometimes]
             diverged = sum(e.result.status == "diverged" for e in entries)
             seen = [e for e in entries if {"chance", "train/loss"} <= e.result.metrics.keys()]
             held = sum(stuck(e) for e in seen)
             share = f"{held} ({100 * held / len(seen):.0f} %)" if role == "sweep" and seen else str(held)
-            step_ms = [e["time/step_ms"] for e in entries if "time/step_ms" in e.result.metrics]
-            time = f"{statistics.median(step_ms):.2f}" if step_ms else "–"
+            time = _step_time(entries)
             rows.append([arm, _ROLE_WORDS[role], *measured, str(len(entries)), str(diverged), share, time])
     return rows
+
+
+def _sometimes(
+    result: StudyResult,
+) -> list[tuple[str, Callable[[StudyResult, str, Sequence[Entry]], str]]]:
+    """Columns that a study has only where there is something in them, with what makes their texts."""
+    entries = result.table.entries
+    columns: list[tuple[str, Callable[[StudyResult, str, Sequence[Entry]], str]]] = []
+    if any("target" in cell.constants for cell in result.design.cells):
+        columns += [("target reached", _success), ("steps to target, restricted mean", _mean_steps)]
+    if any("train/reached" in e.result.metrics for e in entries):
+        columns.append(("training loss reached", _matched))
+    if any(e.role == "timing" for e in entries):
+        columns.append(("ms per step, alone", _time_alone))
+    return columns
+
+
+def _success(result: StudyResult, cell: str, entries: Sequence[Entry]) -> str:
+    steps = _target_steps(result, cell, entries)
+    return f"{sum(s is not None for s in steps)} of {len(steps)}" if steps else "–"
+
+
+def _mean_steps(result: StudyResult, cell: str, entries: Sequence[Entry]) -> str:
+    """A training that never reaches the target counts with its whole budget."""
+    steps = _target_steps(result, cell, entries)
+    return f"{restricted_mean(steps, entries[0].trial.steps):.0f}" if steps else "–"
+
+
+def _target_steps(result: StudyResult, cell: str, entries: Sequence[Entry]) -> list[float | None]:
+    target = result.design.cell(cell).constants.get("target")
+    there = [e for e in entries if e.result.status == "diverged" or "val/acc" in e.result.curve]
+    return [] if target is None else [steps_to_target(e, target) for e in there]
+
+
+def _matched(result: StudyResult, cell: str, entries: Sequence[Entry]) -> str:
+    """How many rows that train until their loss matches got there."""
+    there = [e["train/reached"] for e in entries if "train/reached" in e.result.metrics]
+    return f"{sum(there):.0f} of {len(there)}" if there else "–"
+
+
+def _time_alone(result: StudyResult, cell: str, entries: Sequence[Entry]) -> str:
+    return _step_time(result.table.of(cell=cell, arm=entries[0].arm, roles=("timing",)))
+
+
+def _step_time(entries: Sequence[Entry]) -> str:
+    """The median time of a step."""
+    times = [e["time/step_ms"] for e in entries if "time/step_ms" in e.result.metrics]
+    return f"{statistics.median(times):.2f}" if times else "–"
 
 
 def _column(entries: Sequence[Entry], metric: str, scale: float, places: int) -> str:

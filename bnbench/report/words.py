@@ -1,34 +1,12 @@
-"""Numbers and verdicts in plain words: units, digits, and one sentence for each outcome."""
+"""Numbers for people: units, digits, signs, ranges."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 
-from bnbench.study.claims import ClaimVerdict, Verdict
-
-#: The order in which claims are shown: disagreements with the article first.
-ORDER = ("REFUTED", "MIXED", "SUPPORTED", "INCONCLUSIVE", "NOT TESTED")
-
-_GATES = {
-    "tuning_edge": "more than 20 % of the replicates chose the lowest or the highest learning rate of the"
-    " grid, so a better one may lie outside it",
-    "under_trained": "the networks did not fit their training data well enough to ask about regularization",
-    "incomplete": "trainings are missing or failed",
-    "diverged": "more than 20 % of the trainings of the arm that should be better diverged",
-    "censored": "some values are only bounds (a target that was never reached, or a range of learning rates"
-    " that the grid cuts off), and these bounds cannot carry the verdict",
-    "no_spread": "all replicates gave the same number, so there is no interval",
-    "low_power": "fewer than five replicates carry no verdict",
-}
-_LABELS = {
-    "negligible": "Any effect, in either direction, is smaller than what was declared to matter",
-    "reversed": "The effect goes the other way",
-    "at_least_delta": "The effect is there, and at least as large as what was declared to matter",
-    "size_uncertain": "The effect is there; whether it is as large as what was declared to matter stays open",
-}
+from bnbench.study.verdicts import Verdict
 
 
 def is_ratio(unit: str) -> bool:
@@ -63,6 +41,18 @@ def amount(value: float, unit: str) -> str:
     return f"{_ratio(value)} ×" if is_ratio(unit) else f"{value:.3g} {unit}".replace("-", "−").strip()
 
 
+def size_range(values: Sequence[float], unit: str) -> str:
+    """How large some effects are, smallest to largest: `1.4 to 2.2 ×`, `−2.9 pp`."""
+    low, high = min(values), max(values)
+    if is_ratio(unit):
+        texts = [_ratio(low), _ratio(high)]
+        unit = "×"
+    else:
+        places = 1 if max(abs(low), abs(high)) >= 1 else 2
+        texts = [signed(low, places), signed(high, places)]
+    return f"{' to '.join(dict.fromkeys(texts))} {unit}".strip()
+
+
 def effect(verdict: Verdict) -> str:
     """The estimate with its interval and unit: `+1.1 pp [+0.4, +1.7]`, `1.80 × [1.50, 2.14]`."""
     if verdict.estimate is None:
@@ -83,67 +73,6 @@ def probability(p: float | None) -> str:
     if p is None:
         return "–"
     return "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
-
-
-def gate(verdict: Verdict) -> str:
-    """Why there is no verdict, in plain words; empty where no gate failed."""
-    if not verdict.gate:
-        return ""
-    known = _GATES.get(verdict.gate, verdict.gate.replace("_", " "))
-    reason = " ".join(verdict.reason.split())
-    return f"{known} ({reason})" if reason else known
-
-
-def explain(verdict: Verdict) -> str:
-    """One sentence on what a cell showed."""
-    matters = f"({amount(verdict.delta, verdict.unit)})"
-    if verdict.gate:
-        sentence = f"No verdict: {gate(verdict)}"
-    elif verdict.decision == "INCONCLUSIVE":
-        sentence = f"The interval leaves open whether there is an effect that matters {matters}"
-    elif verdict.kind == "equivalent":
-        sentence = (
-            f"The two differ by less than what was declared to matter {matters}"
-            if verdict.decision == "SUPPORTED"
-            else f"The two differ by more than what was declared to matter {matters}"
-        )
-    else:
-        smaller = "The effect is smaller than what was declared to matter"
-        matters = "" if verdict.label == "reversed" else f" {matters}"
-        sentence = _LABELS.get(verdict.label, smaller) + matters
-    return f"{sentence}; conditional on one tuning." if verdict.tuning == "once" else f"{sentence}."
-
-
-def status(verdict: ClaimVerdict) -> str:
-    """The decision on a claim, or NOT TESTED where no study speaks of it."""
-    return verdict.decision if verdict.cells else "NOT TESTED"
-
-
-def conclude(verdict: ClaimVerdict) -> str:
-    """One plain sentence on a claim."""
-    cells = verdict.cells
-    if not cells:
-        return "No study of this report speaks of it."
-    counts: Counter[str] = Counter(cell.decision for cell in cells)
-    total = f"{verdict.n_cells} cell" + ("s" if verdict.n_cells > 1 else "")
-    if verdict.decision == "MIXED":
-        return f"It depends: {verdict.condition}."
-    if verdict.decision == "INCONCLUSIVE":
-        counts["INCONCLUSIVE"] += verdict.n_cells - len(cells)
-        kinds = ("SUPPORTED", "REFUTED", "INCONCLUSIVE")
-        found = ", ".join(f"{counts[kind]} {kind.lower()}" for kind in kinds if counts[kind])
-        return f"The data do not decide it: of {total}, {found}."
-    share = f"{counts[verdict.decision]} of {total}"
-    if verdict.decision == "SUPPORTED":
-        return f"The data agree with the article in {share}."
-    labels = Counter(cell.label for cell in cells if cell.decision == "REFUTED")
-    why = {
-        "reversed": "the effect goes the other way",
-        "negligible": "there is no effect of a size that matters",
-        "": "the effect is smaller than what matters",
-    }
-    reasons = " or ".join(why[label] for label in ("reversed", "negligible", "") if labels[label])
-    return f"The data contradict the article in {share}" + (f": {reasons}." if reasons else ".")
 
 
 def duration(seconds: float) -> str:
