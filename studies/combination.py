@@ -178,7 +178,8 @@ STUDY = Study(
         Hypothesis(
             name="P5.decay interaction",
             claim="P5",
-            sentence="Weight decay adds more accuracy to a network without normalization than to one with it.",
+            sentence="Weight decay adds more accuracy to a network without normalization than to one with"
+            " it.",
             estimand=partial(
                 interaction,
                 treated=("none, decay 0.01",),

@@ -53,8 +53,8 @@ STUDY = Study(
         Hypothesis(
             name="C2.b",
             claim="C2",
-            sentence="With the learning rate tuned at every scale of the initial weights, accuracy stays within"
-            " 2 points of the best over more decades of scale.",
+            sentence="With the learning rate tuned at every scale of the initial weights, accuracy stays"
+            " within 2 points of the best over more decades of scale.",
             estimand=partial(
                 init_scale_width_difference, better=WIDTHS["batch"], other=WIDTHS["none"], margin=0.02
             ),
@@ -66,7 +66,8 @@ STUDY = Study(
         Hypothesis(
             name="C2.c",
             claim="C2",
-            sentence="At one learning rate for all scales (0.03), it stays within 2 points over more decades too.",
+            sentence="At one learning rate for all scales (0.03), it stays within 2 points over more decades"
+            " too.",
             estimand=partial(
                 init_scale_width_difference,
                 better=WIDTHS["batch"],

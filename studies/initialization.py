@@ -1,9 +1,9 @@
 """P1: does it matter to initialize the weights as Xavier or He say?
 
-With batch normalization after every linear map, the scale of the weights before it changes only the effective
-learning rate, so once that is tuned an initialization may not matter at all (P1.a). Without it, a ReLU network
-keeps the size of its signals with He's variance only: Xavier's loses a factor √2 a layer, torch's default √6
-(P1.b, over 20 layers). Biases: with batch normalization they are dead; without it they start at zero or, as
+With batch normalization after every linear map, the scale of the weights before it changes only the
+effective learning rate, so once that is tuned an initialization may not matter at all (P1.a). Without it, a
+ReLU network keeps the size of its signals with He's variance only: Xavier's loses a factor √2 a layer,
+torch's default √6 (P1.b, over 20 layers). Biases: with batch normalization they are dead; without it they start at zero or, as
 torch's own layers do, uniformly.
 """
 
@@ -120,8 +120,8 @@ STUDY = Study(
             Hypothesis(
                 name=f"P1.b {init}",
                 claim="P1",
-                sentence=f"Without normalization, a deep network from He's initialization is more accurate than"
-                f" from {words}.",
+                sentence="Without normalization, a deep network from He's initialization is more accurate"
+                f" than from {words}.",
                 estimand=partial(accuracy_difference, better="none, he", other=f"none, {init}"),
                 delta="delta_acc",
                 better=("none, he",),
@@ -136,8 +136,8 @@ STUDY = Study(
             Hypothesis(
                 name=f"P1.c {init}",
                 claim="P1",
-                sentence=f"With batch normalization, at the learning rate that suits He's initialization, {words}"
-                " is less accurate.",
+                sentence="With batch normalization, at the learning rate that suits He's initialization,"
+                f" {words} is less accurate.",
                 estimand=partial(
                     accuracy_difference, better="batch, he", other=f"batch, {init}", role="common"
                 ),

@@ -9,7 +9,6 @@ reference samples. Few training samples (400) leave something to regularize.
 Noise also slows fitting down. In the cells "matched" every training stops at the same training loss instead.
 """
 
-from dataclasses import replace
 from functools import partial
 
 from bnbench.study import Arm, Cell, Design, Hypothesis, Study, Trial
@@ -159,7 +158,8 @@ STUDY = Study(
             Hypothesis(
                 name=f"C3.b {twin}",
                 claim="C3",
-                sentence=f"At the same training loss, batch normalization has a lower test loss than {words}.",
+                sentence="At the same training loss, batch normalization has a lower test loss than"
+                f" {words}.",
                 estimand=partial(
                     accuracy_difference,
                     better="NBS full",

@@ -1,13 +1,13 @@
 """P4: does the scale parameter γ control regularization, more of it the higher it is?
 
 γ multiplies signal and batch noise alike, so it cannot change their ratio. Between a ReLU and the next batch
-normalization it changes nothing at all (up to eps); that of the last layer scales the logits, as a temperature
-does. So γ is fixed at several values in every layer, in all layers but the last, and in the last alone; beside
-these stands a network with γ = 1 whose logits are multiplied by a constant.
+normalization it changes nothing at all (up to eps); that of the last layer scales the logits, as a
+temperature does. So γ is fixed at several values in every layer, in all layers but the last, and in the last
+alone; beside these stands a network with γ = 1 whose logits are multiplied by a constant.
 
-The primary comparison stops every training at the same training loss, and divides the logits by one temperature
-that is fitted on validation data: without the former a large γ fits sooner, without the latter larger logits
-look like a larger gap. 400 training samples leave something to regularize.
+The primary comparison stops every training at the same training loss, and divides the logits by one
+temperature that is fitted on validation data: without the former a large γ fits sooner, without the latter
+larger logits look like a larger gap. 400 training samples leave something to regularize.
 """
 
 from functools import partial
@@ -169,8 +169,8 @@ STUDY = Study(
             Hypothesis(
                 name=name,
                 claim="P4",
-                sentence="At the same training loss and the best temperature, the gap between test and training"
-                f" loss is smaller the higher γ is{more}.",
+                sentence="At the same training loss and the best temperature, the gap between test and"
+                f" training loss is smaller the higher γ is{more}.",
                 estimand=partial(
                     metric_slope,
                     doses=tuple((f"γ {gamma}", decade) for gamma, decade in doses.items()),
@@ -206,7 +206,8 @@ STUDY = Study(
         Hypothesis(
             name="P4.b",
             claim="P4",
-            sentence="The γ of all layers but the last does not matter for test accuracy: 0.2 is as good as 5.",
+            sentence="The γ of all layers but the last does not matter for test accuracy: 0.2 is as good"
+            " as 5.",
             estimand=partial(accuracy_difference, better="inner γ 5", other="inner γ 0.2"),
             delta="delta_acc",
             better=("inner γ 5", "inner γ 0.2"),

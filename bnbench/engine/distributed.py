@@ -20,6 +20,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies.ddp import DDPStrategy
+from lightning.pytorch.trainer.connectors import callback_connector
 from torch import Tensor
 
 from bnbench.registry import BadInput
@@ -169,7 +170,7 @@ def backend_of(device: str) -> str:
 
 def trainer_for(trial: Trial, device: str, timeout: float = TIMEOUT) -> L.Trainer:
     """The Trainer of a row on "cuda" or "cpu", with nothing in it that would cost time."""
-    with quiet_lightning():
+    with quiet_lightning(), _without_external_callbacks():
         return L.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",
             devices=trial.devices,
@@ -184,6 +185,20 @@ def trainer_for(trial: Trial, device: str, timeout: float = TIMEOUT) -> L.Traine
             num_sanity_val_steps=0,
             plugins=[cluster_environment()],
         )
+
+
+@contextlib.contextmanager
+def _without_external_callbacks() -> Iterator[None]:
+    """Keep out the callbacks that other installed packages put into every Trainer of Lightning.
+
+    They could change what a row trains; and to look for them takes longer than a small row's evaluation.
+    """
+    load = callback_connector._load_external_callbacks
+    callback_connector._load_external_callbacks = lambda group: []
+    try:
+        yield
+    finally:
+        callback_connector._load_external_callbacks = load
 
 
 def join_group(trainer: L.Trainer, trial: Trial) -> Group:

@@ -217,10 +217,10 @@ class _Run:
     def arrays(self, arrays: Arrays) -> Arrays:
         return Arrays(arrays.x.double(), arrays.y) if self.trial.precision == "64-true" else arrays
 
-    def precise(self) -> contextlib.AbstractContextManager[Any]:
-        """Population statistics from 512 training samples, put back afterwards."""
+    def precise(self, samples: int = RECALIBRATION_SAMPLES) -> contextlib.AbstractContextManager[Any]:
+        """Population statistics from 512 training samples, or so many, put back afterwards."""
         size = self.trial.global_batch
-        full = max(RECALIBRATION_SAMPLES, size) // size * size
+        full = max(samples, size) // size * size
         sample = self.arrays(_first(self.split.train, full))
         batches = eval_batches(_first(sample, len(sample) // size * size), size)
         return precise_statistics(self.model, (self.group.share_of(x) for x, _ in batches))
@@ -301,7 +301,8 @@ class _Run:
 
     def measure(self) -> tuple[dict[str, float], dict[str, tuple[float, ...]], Status, str]:
         trial = self.trial
-        with self.precise():
+        # One batch of statistics is enough to say whether the training ends above where it began.
+        with self.precise(trial.global_batch):
             initial = self.finite(self.train_scores(self.train_logits()))
         self.fit()
         parts = ("val", "test") if trial.score_on == "test" else ("val",)

@@ -78,8 +78,8 @@ def setting(trial: Trial) -> Trial:
 def rank(entries: Iterable[Entry]) -> list[Trial]:
     """The settings of some rows, the best first: by mean validation accuracy over replicates.
 
-    Settings that reach the row's training loss (`until_train_nll`) more often come first. Ties go to the lower
-    validation loss, then to the lower learning rate; settings of which a row failed are out.
+    Settings that reach the row's training loss (`until_train_nll`) more often come first. Ties go to the
+    lower validation loss, then to the lower learning rate; settings of which a row failed are out.
     """
     by_setting: dict[Trial, list[Entry]] = {}
     for entry in entries:
