@@ -34,17 +34,17 @@ BESIDE = (
     {"name": "batch, decay 0.01 on all", "norm": "batch", "weight_decay": 0.01, "decay_norm": True},
 )
 
-# Replicates below 100 were looked at while lengths and grid were chosen.
+# Replicates below 300 were looked at while lengths and grid were chosen.
 QUICK = Design(
-    base=Trial(schedule="trapezoid", warmup=0.05, n_train=400, seed=100, data_seed=100),
+    base=Trial(schedule="trapezoid", warmup=0.05, n_train=400, seed=300, data_seed=300),
     cells=(
         Cell("mlp-digits", data="digits", model="mlp", steps=200, constants=FITS),
         Cell("mlp-mnist1d", data="mnist1d", model="mlp", steps=300, constants=FITS),
-        Cell("cnn-digits", data="digits", steps=200, **CNN, constants=FITS),
-        Cell("cnn-mnist1d", data="mnist1d", steps=300, **CNN, constants={**FITS, "delta_acc": 0.5}),
+        Cell("cnn-digits", data="digits", steps=150, **CNN, constants=FITS),
+        Cell("cnn-mnist1d", data="mnist1d", steps=250, **CNN, constants={**FITS, "delta_acc": 0.5}),
     ),
     arms=(*ARMS, *(Arm(**arm, cells=BESIDE_CELLS) for arm in BESIDE)),
-    lr=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
     tuning="once",
     curve_points=0,
 )

@@ -20,16 +20,16 @@ from functools import partial
 from bnbench.study import Arm, Cell, Design, Hypothesis, Study, Trial
 from bnbench.study.estimands import accuracy_difference
 
-# The replicates below 100 were looked at while steps and grid were chosen.
+# Replicates below 300 were looked at while steps and grid were chosen.
 QUICK = Design(
-    base=Trial(schedule="trapezoid", warmup=0.05, seed=100, data_seed=100),
+    base=Trial(schedule="trapezoid", warmup=0.05, seed=300, data_seed=300),
     cells=(
         Cell(
             "mlp2-mnist1d",
             data="mnist1d",
             model="mlp",
             model_options={"depth": 2},
-            steps=200,
+            steps=60,
             constants={"delta_acc": 1.0},
         ),
     ),

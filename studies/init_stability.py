@@ -16,10 +16,10 @@ NORMS = ("none", "batch")
 ARMS = tuple(Arm(f"{norm} × {scale:g}", norm=norm, init_scale=scale) for norm in NORMS for scale in SCALES)
 WIDTHS = {norm: tuple((f"{norm} × {scale:g}", scale) for scale in SCALES) for norm in NORMS}
 
-# Replicates below 100 were looked at while depth, length and grid were chosen.
+# Replicates below 300 were looked at while depth, length and grid were chosen.
 QUICK = Design(
-    base=Trial(schedule="trapezoid", warmup=0.05, seed=100, data_seed=100),
-    cells=(Cell("mlp12-digits", data="digits", model="mlp", model_options={"depth": 12}, steps=100),),
+    base=Trial(schedule="trapezoid", warmup=0.05, seed=300, data_seed=300),
+    cells=(Cell("mlp12-digits", data="digits", model="mlp", model_options={"depth": 12}, steps=80),),
     arms=ARMS,
     lr=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
 )

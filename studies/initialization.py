@@ -3,8 +3,8 @@
 With batch normalization after every linear map, the scale of the weights before it changes only the
 effective learning rate, so once that is tuned an initialization may not matter at all (P1.a). Without it, a
 ReLU network keeps the size of its signals with He's variance only: Xavier's loses a factor √2 a layer,
-torch's default √6 (P1.b, over 20 layers). Biases: with batch normalization they are dead; without it they start at zero or, as
-torch's own layers do, uniformly.
+torch's default √6 (P1.b, over 20 layers). Biases: with batch normalization they are dead;
+without it they start at zero or, as torch's own layers do, uniformly.
 """
 
 from functools import partial
@@ -16,9 +16,9 @@ INITS = {"xavier": "Xavier's", "torch": "torch's default", "normal": "N(0, 0.01�
 SHALLOW, DEEP = ("mlp8-digits", "cnn-mnist1d"), ("mlp20-digits",)
 FULL_DEEP = ("mlp20-cifar10", "vgg16-cifar10")
 
-# Replicates below 100 were looked at while lengths and grid were chosen.
+# Replicates below 300 were looked at while lengths and grid were chosen.
 QUICK = Design(
-    base=Trial(schedule="trapezoid", warmup=0.05, seed=100, data_seed=100),
+    base=Trial(schedule="trapezoid", warmup=0.05, seed=300, data_seed=300),
     cells=(
         Cell(
             "mlp8-digits",
@@ -41,7 +41,7 @@ QUICK = Design(
             data="digits",
             model="mlp",
             model_options={"depth": 20},
-            steps=100,
+            steps=80,
             constants={"delta_acc": 1.0},
         ),
     ),

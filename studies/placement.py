@@ -15,16 +15,16 @@ RESNET = {"model": "resnet20", "model_options": {"width": 8}}
 PRIMARY = ("mlp-digits", "mlp-mnist1d", "cnn-digits", "cnn-mnist1d", "resnet20-digits", "resnet20-mnist1d")
 RESIDUAL = ("resnet20-digits",)
 
-# Replicates below 100 were looked at while lengths and grid were chosen.
+# Replicates below 300 were looked at while lengths and grid were chosen.
 QUICK = Design(
-    base=Trial(schedule="trapezoid", warmup=0.05, seed=100, data_seed=100),
+    base=Trial(schedule="trapezoid", warmup=0.05, seed=300, data_seed=300),
     cells=(
         Cell("mlp-digits", data="digits", model="mlp", steps=150, constants={"delta_acc": 1.0}),
         Cell("mlp-mnist1d", data="mnist1d", model="mlp", steps=400, constants={"delta_acc": 1.0}),
         Cell("cnn-digits", data="digits", steps=100, **CNN, constants={"delta_acc": 1.0}),
         Cell("cnn-mnist1d", data="mnist1d", steps=250, **CNN, constants={"delta_acc": 0.5}),
-        Cell("resnet20-digits", data="digits", steps=40, **RESNET, constants={"delta_acc": 1.0}),
-        Cell("resnet20-mnist1d", data="mnist1d", steps=40, **RESNET, constants={"delta_acc": 0.5}),
+        Cell("resnet20-digits", data="digits", steps=32, **RESNET, constants={"delta_acc": 1.0}),
+        Cell("resnet20-mnist1d", data="mnist1d", steps=32, **RESNET, constants={"delta_acc": 0.5}),
     ),
     arms=(
         Arm("before", order="norm-act"),

@@ -3,8 +3,9 @@
 Optuna searches batch size, placement and regularization together with the learning rate, for every norm.
 Beside each search stands the same budget spent on the learning rate alone, and the article's own advice: He
 initialization, the norm before the activation, batches of 64, no dropout, a tuned learning rate. Every search
-starts at that advice. A thousand
-training signals (mnist1d) leave something to regularize. All batch sizes read the same number of examples.
+starts at that advice. Few training samples leave something to regularize, and networks without normalization
+fit them too: where they do not, a gain says nothing of generalization. All batch sizes read the same number
+of examples.
 """
 
 from dataclasses import replace
@@ -19,23 +20,22 @@ FULL_NORMS = (*NORMS, "layer", "group")
 RESIDUAL = ("norm-act", "act-norm", "pre-act", "post-add")
 LR_ALONE = (Range("lr", 1e-3, 3.0),)
 
-# Replicates below 200 were looked at while sizes were chosen.
+# Replicates below 300 were looked at while sizes were chosen.
 QUICK = Design(
-    base=Trial(schedule="trapezoid", warmup=0.05, seed=200, data_seed=200),
+    base=Trial(schedule="trapezoid", warmup=0.05, seed=300, data_seed=300),
     cells=(
         Cell(
             "mlp-mnist1d", data="mnist1d", n_train=1000, model="mlp", steps=300, constants={"delta_acc": 1.0}
         ),
         Cell(
-            "cnn-mnist1d",
-            data="mnist1d",
-            n_train=1000,
+            "cnn-digits",
+            data="digits",
+            n_train=400,
             model="cnn",
             model_options={"channels": 16},
-            steps=200,
-            constants={"delta_acc": 0.5},
+            steps=150,
+            constants={"delta_acc": 1.0},
         ),
-        Cell("resnet20-digits", data="digits", model="resnet20", steps=40, constants={"delta_acc": 1.0}),
     ),
     arms=(
         *(
@@ -45,8 +45,7 @@ QUICK = Design(
                 norm_options=recipe_start(norm),
                 space={
                     "mlp-mnist1d": recipe_space(norm=norm, examples=19_200),
-                    "cnn-mnist1d": recipe_space(norm=norm, examples=12_800),
-                    "resnet20-digits": recipe_space(norm=norm, examples=2_560, orders=RESIDUAL),
+                    "cnn-digits": recipe_space(norm=norm, examples=9_600),
                 },
             )
             for norm in NORMS
@@ -57,7 +56,7 @@ QUICK = Design(
     lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     tuning="once",
     curve_points=0,
-    trials={"mlp-mnist1d": 12, "cnn-mnist1d": 8, "resnet20-digits": 4},
+    trials=12,
     batch=4,
     searches=2,
 )

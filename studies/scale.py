@@ -7,7 +7,9 @@ alone; beside these stands a network with γ = 1 whose logits are multiplied by 
 
 The primary comparison stops every training at the same training loss, and divides the logits by one
 temperature that is fitted on validation data: without the former a large γ fits sooner, without the latter
-larger logits look like a larger gap. 400 training samples leave something to regularize.
+larger logits look like a larger gap. It reads the test loss, not its gap to the training loss: the training
+loss is the same by design, and the temperature of an overconfident network (15 at γ = 5 in a pilot) would
+raise it and so close the gap. 400 training samples leave something to regularize.
 """
 
 from functools import partial
@@ -21,7 +23,7 @@ ONE = {"learn_gamma": False, "gamma": 1.0}
 FOUR = {"0.5": -0.30103, "1": 0.0, "2": 0.30103, "5": 0.69897}
 FIVE = {"0.2": -0.69897, "0.5": -0.30103, "1": 0.0, "2": 0.30103, "5": 0.69897}
 ENDS = ("0.2", "5")
-MATCHED = ("mlp-digits, matched", "mlp-mnist1d, matched", "cnn-mnist1d, matched")
+MATCHED = ("mlp-digits, matched", "mlp-mnist1d, matched", "cnn-digits, matched")
 EQUAL_STEPS = "mlp-mnist1d, equal steps"
 FULL_MATCHED = ("resnet20-cifar10, matched", "vgg11-cifar10, matched")
 FULL_NOISY = "vgg11-cifar10, noisy labels, matched"
@@ -29,15 +31,15 @@ FULL_STEPS, FULL_NARROW = "vgg11-cifar10, equal steps", "narrow mlp-cifar10, equ
 FULL_WIDE = "wide mlp-cifar10, equal steps"
 FULL_AFFINE = (FULL_STEPS, FULL_NARROW, FULL_WIDE)
 
-# Replicates below 100 were looked at while lengths, grid and the matched losses were chosen.
+# Replicates below 300 were looked at while lengths, grid and the matched losses were chosen.
 QUICK = Design(
     base=Trial(
-        norm="batch", n_train=400, schedule="constant", warmup=0.05, steps=300, seed=100, data_seed=100
+        norm="batch", n_train=400, schedule="constant", warmup=0.05, steps=300, seed=300, data_seed=300
     ),
     cells=(
         Cell(MATCHED[0], data="digits", model="mlp", until_train_nll=0.1),
         Cell(MATCHED[1], data="mnist1d", model="mlp", until_train_nll=0.5),
-        Cell(MATCHED[2], data="mnist1d", **CNN, until_train_nll=0.5),
+        Cell(MATCHED[2], data="digits", **CNN, steps=200, until_train_nll=0.2),
         Cell(
             EQUAL_STEPS,
             data="mnist1d",
@@ -169,12 +171,12 @@ STUDY = Study(
             Hypothesis(
                 name=name,
                 claim="P4",
-                sentence="At the same training loss and the best temperature, the gap between test and"
-                f" training loss is smaller the higher γ is{more}.",
+                sentence="At the same training loss, the test loss at the best temperature is lower the"
+                f" higher γ is{more}.",
                 estimand=partial(
                     metric_slope,
                     doses=tuple((f"γ {gamma}", decade) for gamma, decade in doses.items()),
-                    metric="test/gap_calibrated",
+                    metric="test/loss_calibrated",
                     sign=-1.0,
                 ),
                 delta=0.03,
@@ -188,6 +190,26 @@ STUDY = Study(
                 ("P4.a full", FIVE, FULL_MATCHED, ""),
                 ("P4.noisy", FIVE, (FULL_NOISY,), ", with a fifth of the labels wrong too"),
             )
+        ),
+        *(
+            Hypothesis(
+                name=f"P4.gap {preset}",
+                claim="P4",
+                sentence="At the same training loss and the best temperature, the gap between test and"
+                " training loss is smaller the higher γ is.",
+                estimand=partial(
+                    metric_slope,
+                    doses=tuple((f"γ {gamma}", decade) for gamma, decade in doses.items()),
+                    metric="test/gap_calibrated",
+                    sign=-1.0,
+                ),
+                delta=0.03,
+                better=tuple(f"γ {gamma}" for gamma in doses),
+                unit="nats a decade",
+                primary=False,
+                cells=cells,
+            )
+            for preset, doses, cells in (("quick", FOUR, MATCHED), ("full", FIVE, FULL_MATCHED))
         ),
         Hypothesis(
             name="P4.steps",

@@ -55,7 +55,7 @@ Costs = Mapping[str, Cost]
 _REFERENCE = {"mlp": (0.40e-3, 0.56e-3), "cnn": (1.0e-3, 1.4e-3), "resnet20": (8.9e-3, 12.3e-3)}
 _REFERENCE_DEPTH = {"mlp": 4, "cnn": 3}
 _OTHER_MODEL = (2e-3, 2e-3)
-_BESIDE = 0.05
+_BESIDE = 0.045
 #: What several processes add: to a step, to one with synchronized statistics, and to the rest.
 _JOINED, _SYNCHRONIZED, _JOINING = 2e-3, 10e-3, 0.3
 
