@@ -52,7 +52,7 @@ QUICK = Design(
         *(Arm(f"none, {init}", norm="none", init=init, cells=DEEP) for init in INITS),
         Arm("none, he, uniform bias", norm="none", bias_init="uniform", cells=DEEP),
     ),
-    lr=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    lr=(0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
     tuning="once",
     curve_points=0,
 )

@@ -23,7 +23,7 @@ QUICK = Design(
     base=Trial(schedule="trapezoid", warmup=0.05, n_train=400, seed=300, data_seed=300),
     cells=(
         Cell("mlp-digits", data="digits", model="mlp", steps=150, constants={"min_train_acc": 0.95}),
-        Cell("mlp-mnist1d", data="mnist1d", model="mlp", steps=250, constants={"min_train_acc": 0.95}),
+        Cell("mlp-mnist1d", data="mnist1d", model="mlp", steps=400, constants={"min_train_acc": 0.95}),
         Cell("cnn-digits", data="digits", steps=150, **CNN, constants={"min_train_acc": 0.95}),
         Cell("cnn-mnist1d", data="mnist1d", steps=200, **CNN, constants={"min_train_acc": 0.95}),
         Cell(MATCHED, data="mnist1d", model="mlp", steps=300, until_train_nll=0.1, schedule="constant"),

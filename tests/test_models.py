@@ -18,15 +18,17 @@ SHAPES = {1: (5,), 2: (1, 40), 3: (1, 8, 8)}
 NORMS = ("none", "batch", "layer", "group")
 NORM_TYPES = {norm: type(Slot(norm).build_norm(8, 2)) for norm in NORMS}
 
-# Deeper versions of resnet20 and vgg11, by the same code: one pass of each is enough.
-DEEPER = {"resnet32", "resnet44", "resnet56", "resnet110", "vgg13", "vgg16", "vgg19"}
-ORDERED = [(name, order) for name, entry in MODELS.items() if name not in DEEPER for order in entry.orders]
+# Other depths of resnet20 and vgg11, by the same code: one pass of each is enough.
+OTHER_DEPTHS = {"resnet8", "resnet32", "resnet44", "resnet56", "resnet110", "vgg13", "vgg16", "vgg19"}
+ORDERED = [
+    (name, order) for name, entry in MODELS.items() if name not in OTHER_DEPTHS for order in entry.orders
+]
 CASES = [
     (name, order, rank, norm)
     for name, entry in MODELS.items()
     for order in entry.orders
     for rank in entry.ranks
-    for norm in (("batch",) if name in DEEPER else NORMS)
+    for norm in (("batch",) if name in OTHER_DEPTHS else NORMS)
 ]
 
 

@@ -15,7 +15,9 @@ from bnbench.registry import BadInput
 
 # He et al. (2016), table 6, prints 0.27, 0.46, 0.66, 0.85 and 1.7 million; the exact numbers are those of
 # github.com/akamaster/pytorch_resnet_cifar10 (shortcut A) and github.com/kuangliu/pytorch-cifar (ResNet-18).
+# ResNet-8 has as much less than ResNet-20 as that has less than ResNet-32: two blocks a stage.
 PUBLISHED = {
+    "resnet8": 75_290,
     "resnet20": 269_722,
     "resnet32": 464_154,
     "resnet44": 658_586,

@@ -44,7 +44,7 @@ from bnbench.engine.evaluate import (
 from bnbench.engine.provenance import provenance
 from bnbench.engine.ranks import RankFailed, run_ranks
 from bnbench.engine.rows import check_trial, curve_steps, look_steps, module_arguments, normalized_together
-from bnbench.norms.recalibrate import precise_statistics
+from bnbench.norms.recalibrate import has_moments, precise_statistics
 from bnbench.registry import BadInput
 from bnbench.study.table import Result, Status
 from bnbench.study.trial import Trial
@@ -362,7 +362,8 @@ class _Run:
 
     def final_scores(self, part: str, arrays: Arrays, precise: Tensor) -> dict[str, float]:
         """Scores of the trained model: as its running statistics give them, and with precise ones."""
-        chosen = precise if self.trial.recalibration == "precise" else logits_of(self.module, arrays)
+        same = self.trial.recalibration == "precise" or not has_moments(self.model)
+        chosen = precise if same else logits_of(self.module, arrays)
         found: dict[str, float] = {}
         for kind, logits in (("", chosen), ("_precise", precise)):
             exact = self.finite(scores(logits, arrays.y))

@@ -172,6 +172,6 @@ def _register(name: str, blocks: tuple[int, ...], default_width: int, default_sh
         )
 
 
-for _depth in (20, 32, 44, 56, 110):
+for _depth in (8, 20, 32, 44, 56, 110):
     _register(f"resnet{_depth}", 3 * ((_depth - 2) // 6,), 16, "A")
 _register("resnet18", (2, 2, 2, 2), 64, "B")

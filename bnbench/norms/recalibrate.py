@@ -68,6 +68,11 @@ def precise_statistics(model: nn.Module, batches: Iterable[Any]) -> Iterator[nn.
         yield model
 
 
+def has_moments(model: nn.Module) -> bool:
+    """Whether a model has running statistics that :func:`recalibrate` would set."""
+    return bool(_layers_with_moments(model))
+
+
 def _layers_with_moments(model: nn.Module) -> list[nn.Module]:
     return [
         module
