@@ -34,6 +34,29 @@ DataFolder = Annotated[
     Path | None,
     typer.Option("--data-folder", help="Folder of data sets; by default BNBENCH_DATA or the user's cache."),
 ]
+OwnData = Annotated[
+    str | None,
+    typer.Option(
+        "--data", metavar="NAME|FOLDER", help="Ask the studies of this data set, or folder of images."
+    ),
+]
+OwnModel = Annotated[
+    str | None, typer.Option("--model", metavar="NAME|PACKAGE:CLASS", help="Ask them of this model.")
+]
+OwnNorm = Annotated[
+    str | None, typer.Option("--norm", metavar="NAME", help="This norm in place of batch normalization.")
+]
+Seeds = Annotated[
+    int | None, typer.Option("--seeds", help="Replicates, in place of the studies' own number.")
+]
+Target = Annotated[
+    float | None,
+    typer.Option("--target", help="The validation accuracy, such as 0.9, that studies of speed count to."),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="A field of every row, as in n_train=200; repeat it."),
+]
 
 
 def folder_of_data(folder: Path | None) -> Path:

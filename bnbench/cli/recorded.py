@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table as TextTable
 
 from bnbench import placement
+from bnbench.cli.questions import read_questions
 from bnbench.engine.conduct import killed, train_row
 from bnbench.engine.distributed import cluster_environment, launcher, leave_group
 from bnbench.engine.executors import LocalPool
@@ -106,14 +107,20 @@ def _made() -> dict[str, str]:
 def recorded_jobs(
     record: Record, studies: Sequence[Study], preset: str | None, suite: Mapping[str, Study]
 ) -> list[Job]:
-    """The studies whose present definition, or an earlier one, is in the record; all where none is named."""
+    """The studies whose present definition, or an earlier one, is in the record; all where none is named.
+
+    The folder's own questions are among them.
+    """
     there = dict.fromkeys((name, kind) for _, name, kind in record.studies())
     known = {**suite, **{study.name: study for study in studies}}
+    questions = read_questions(record.path.parent)
     wanted = [study.name for study in studies]
     jobs = [
-        prepare(known[name], kind)
+        prepare(study, kind)
         for name, kind in there
-        if name in known and (not wanted or name in wanted) and preset in (None, kind)
+        if (study := questions.get((name, kind), known.get(name))) is not None
+        and (not wanted or name in wanted)
+        and preset in (None, kind)
     ]
     if not jobs:
         names = ", ".join(dict.fromkeys(name for name, _ in there)) or "nothing"
@@ -153,7 +160,8 @@ def print_report(words: tuple[str, ...], preset: str | None, format: str, runs: 
         raise BadInput(f"no format {format!r}{nearest(format, _FORMATS)}")
     record = existing_record(runs)
     suite = load_studies()
-    jobs = recorded_jobs(record, [load_study(word) for word in words], preset, suite)
+    asked = {} if all(word in suite for word in words) else {s.name: s for s in read_questions(runs).values()}
+    jobs = recorded_jobs(record, [asked.get(word) or load_study(word) for word in words], preset, suite)
     report = gather(results_of(record, jobs, suite), runs)
     if format == "html":
         address = tracking_uri(None, os.environ, runs)

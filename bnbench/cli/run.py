@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as TextTable
 
 from bnbench import doctor, placement
+from bnbench.cli.asked import jobs_for, presets_of, with_enough_data, write_questions
 from bnbench.cli.preflight import on_fit_gpus
 from bnbench.cli.progress import Display, duration
 from bnbench.cli.recorded import gather, linked, recorded_jobs, result_of, results_of
@@ -25,13 +27,14 @@ from bnbench.engine.lock import hold
 from bnbench.engine.mirror import Mirror
 from bnbench.engine.ray_pool import RayPool
 from bnbench.engine.storage import open_storage
-from bnbench.engine.suite import Job, drop_weights, prepare, run_jobs
+from bnbench.engine.suite import Job, drop_weights, run_jobs
 from bnbench.record import Record
-from bnbench.registry import BadInput, nearest
+from bnbench.registry import BadInput
 from bnbench.report import claim_lines, recipe_lines, render_json, verdict_lines, write_report
 from bnbench.report.words import effect
-from bnbench.study.load import load_studies, load_study
+from bnbench.study.load import load_studies
 from bnbench.study.programs import Wanted
+from bnbench.study.question import Question
 from bnbench.study.spec import Study
 from bnbench.study.table import Entry, Table
 from bnbench.study.trial import Trial
@@ -62,6 +65,7 @@ class Request:
     as_json: bool = False
     ray: str | None = None
     allow_mixed: bool = False
+    question: Question | None = None
 
 
 def seconds(text: str) -> float:
@@ -79,15 +83,19 @@ def run(request: Request) -> int:
     if not console.is_terminal:
         console.width = 140
     pool = _open_pool(request)
-    presets = _presets(request, bool(pool.gpus))
+    presets = presets_of(request, bool(pool.gpus))
     suite = load_studies()
-    chosen = _choose(request.words, suite)
+
+    def note(text: str) -> None:
+        console.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
+
+    asked = jobs_for(request, presets, suite, note)
     preflight = bool(pool.gpus) and not request.ray and not request.dry_run
     if not preflight:
         cards_here = "none" if request.ray else request.gpus
         for warning in doctor.refuse_unfit(doctor.check(request.runs, cards_here, environ=os.environ)):
             console.print(f"[yellow]note:[/] {warning}", highlight=False)
-    jobs = _fitting(_prepare(chosen, presets), pool.gpus, request, console)
+    jobs = _fitting(asked, pool.gpus, request, console)
     with ExitStack() as stack:
         stack.enter_context(hold(request.runs))
         if preflight:
@@ -101,6 +109,7 @@ def run(request: Request) -> int:
         stack.callback(pool.shutdown)
         if not request.dry_run:
             jobs = _with_data(jobs, request, console)
+        jobs = with_enough_data(jobs, request, note)
         rows = [trial for job in jobs for trial in job.rows]
         costs = measure_costs(rows, known_costs(record), pool, request.data, request.runs)
         jobs.sort(key=lambda job: (presets.index(job.preset), _cost(job.rows, costs)))
@@ -110,13 +119,14 @@ def run(request: Request) -> int:
             console.print(f"No training starts after {duration(budget)}.", highlight=False)
         if request.dry_run:
             return 0
+        write_questions(jobs, request.runs)
         return _work(request, console, suite, jobs, record, pool, costs)
 
 
 def jobs_of(request: Request) -> list[Job]:
     """The studies that were asked for, checked, at each of their presets."""
     has_gpus = bool(placement.choose_gpus(request.gpus, os.environ))
-    return _prepare(_choose(request.words, load_studies()), _presets(request, has_gpus))
+    return jobs_for(request, presets_of(request, has_gpus), load_studies(), lambda _: None)
 
 
 def _open_pool(request: Request) -> LocalPool | RayPool:
@@ -157,42 +167,6 @@ def _fitting(jobs: list[Job], gpus: int, request: Request, console: Console) -> 
             raise BadInput(line)
         console.print(f"[yellow]note:[/] left out: {line}", highlight=False)
     return fit
-
-
-def _presets(request: Request, has_gpus: bool) -> list[str]:
-    if request.preset == "auto":
-        return ["quick", "full"] if has_gpus else ["quick"]
-    if request.preset not in ("quick", "full", "smoke"):
-        raise BadInput(
-            f"no preset named {request.preset!r}{nearest(request.preset, ('auto', 'quick', 'full', 'smoke'))}"
-        )
-    return [request.preset]
-
-
-def _choose(words: Sequence[str], suite: Mapping[str, Study]) -> dict[str, Study]:
-    """The studies by the word that named each, every one once."""
-    if not words:
-        return dict(suite)
-    chosen: dict[str, Study] = {}
-    for word in words:
-        study = load_study(word)
-        if suite.get(study.name, study) is not study:
-            raise BadInput(f"{word}: the project has a study named {study.name!r}; give yours another name")
-        if all(study is not other for other in chosen.values()):
-            chosen[word] = study
-    return chosen
-
-
-def _prepare(chosen: Mapping[str, Study], presets: Sequence[str]) -> list[Job]:
-    """Check every row of every study, and name the file of one that cannot be."""
-    jobs = []
-    for preset in presets:
-        for word, study in chosen.items():
-            try:
-                jobs.append(prepare(study, preset))
-            except BadInput as error:
-                raise BadInput(f"{word}: {error}" if word.endswith(".py") else str(error)) from None
-    return jobs
 
 
 def _with_data(jobs: list[Job], request: Request, console: Console) -> list[Job]:

@@ -10,16 +10,22 @@ import typer
 
 from bnbench.cli.options import (
     Budget,
+    Changes,
     DataFolder,
     DryRun,
     Gpus,
     Offline,
+    OwnData,
+    OwnModel,
+    OwnNorm,
     PerGpu,
     Preset,
     Quiet,
     Runs,
+    Seeds,
     StorageUrl,
     Studies,
+    Target,
     TrackingUri,
     Workers,
     folder_of_data,
@@ -49,9 +55,20 @@ def run(
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Take Ray nodes with other versions of bnbench or torch.")
     ] = False,
+    data: OwnData = None,
+    model: OwnModel = None,
+    norm: OwnNorm = None,
+    seeds: Seeds = None,
+    target: Target = None,
+    changes: Changes = None,
 ) -> int:
-    """Run studies: train what is missing, print verdicts, write the report."""
+    """Run studies: train what is missing, print verdicts, write the report.
+
+    With --data, --model, --norm, --seeds, --target or --set, each study's design is asked your own question:
+    a study by itself, which is exploratory.
+    """
     from bnbench.cli import run as running
+    from bnbench.cli.questions import question_of
 
     if devices != 1:
         raise BadInput(
@@ -76,6 +93,7 @@ def run(
             as_json=as_json,
             ray=ray,
             allow_mixed=allow_mixed,
+            question=question_of(data, model, norm, seeds, target, changes or ()),
         )
     )
 
@@ -88,9 +106,30 @@ def plan(
     per_gpu: PerGpu = 1,
     runs: Runs = Path("runs"),
     data_folder: DataFolder = None,
+    data: OwnData = None,
+    model: OwnModel = None,
+    norm: OwnNorm = None,
+    seeds: Seeds = None,
+    target: Target = None,
+    changes: Changes = None,
 ) -> int:
     """Say what would be trained and about how long that takes on this machine."""
-    return run(studies, preset, gpus, workers, per_gpu, runs=runs, data_folder=data_folder, dry_run=True)
+    return run(
+        studies,
+        preset,
+        gpus,
+        workers,
+        per_gpu,
+        runs=runs,
+        data_folder=data_folder,
+        dry_run=True,
+        data=data,
+        model=model,
+        norm=norm,
+        seeds=seeds,
+        target=target,
+        changes=changes,
+    )
 
 
 def doctor(
