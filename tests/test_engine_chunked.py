@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.connectors import callback_connector
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from bnbench.data import Arrays, load_split, step_indices
 from bnbench.engine.chunked import BLOCK_STEPS, Blocks, ChunkedClassifier, FusedSGD
+from bnbench.engine.distributed import trainer_for
 from bnbench.engine.rows import module_arguments
 from bnbench.engine.train import Place, train
 from bnbench.lit import NormClassifier
@@ -318,3 +320,10 @@ def test_sgd_equals_torch_whatever_the_layout_of_a_gradient(how, kernel, momentu
         reference.step()
     for mine, its in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-13, atol=1e-13)
+
+
+def test_no_callback_of_another_package_gets_into_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = L.Callback()
+    monkeypatch.setattr(callback_connector, "_load_external_callbacks", lambda group: [offered])
+    assert offered in L.Trainer(logger=False, enable_checkpointing=False).callbacks  # type: ignore[attr-defined]
+    assert offered not in trainer_for(Trial(), "cpu").callbacks  # type: ignore[attr-defined]

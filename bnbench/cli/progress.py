@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from bnbench.engine.cost import Costs, occupied_seconds, seconds_of
@@ -92,7 +93,7 @@ class Display:
 
     def trouble(self, line: str) -> None:
         """Something that a person should know; the work goes on."""
-        self.console.print(f"[yellow]note:[/] {line}", highlight=False)
+        self.console.print(f"[yellow]note:[/] {escape(line)}", highlight=False)
 
     @property
     def seconds_left(self) -> float:

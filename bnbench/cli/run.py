@@ -94,7 +94,7 @@ def run(request: Request) -> int:
     if not preflight:
         cards_here = "none" if request.ray else request.gpus
         for warning in doctor.refuse_unfit(doctor.check(request.runs, cards_here, environ=os.environ)):
-            console.print(f"[yellow]note:[/] {warning}", highlight=False)
+            console.print(f"[yellow]note:[/] {escape(str(warning))}", highlight=False)
     jobs = _fitting(asked, pool.gpus, request, console)
     with ExitStack() as stack:
         stack.enter_context(hold(request.runs))
@@ -165,7 +165,7 @@ def _fitting(jobs: list[Job], gpus: int, request: Request, console: Console) -> 
         line = f"study {job.study.name!r} ({job.preset}) {problem}"
         if request.words:
             raise BadInput(line)
-        console.print(f"[yellow]note:[/] left out: {line}", highlight=False)
+        console.print(f"[yellow]note:[/] left out: {escape(line)}", highlight=False)
     return fit
 
 
@@ -186,7 +186,8 @@ def _with_data(jobs: list[Job], request: Request, console: Console) -> list[Job]
                 if not (request.preset == "auto" and job.preset == "full"):
                     raise
                 problems[place] = str(error)
-                console.print(f"[yellow]note:[/] the preset full is left out: {error}", highlight=False)
+                said = escape(str(error))
+                console.print(f"[yellow]note:[/] the preset full is left out: {said}", highlight=False)
         if not any(problems[place] for place in needed):
             ready.append(job)
     return ready
@@ -278,7 +279,7 @@ def _work(
     if not request.offline:
         store = open_store(uri, request.runs)
         if store.notice:
-            console.print(f"[yellow]note:[/] {store.notice}", highlight=False)
+            console.print(f"[yellow]note:[/] {escape(store.notice)}", highlight=False)
         publisher = Publisher(store, record.path, request.runs)
         publisher.start()
         tracking = store.shown
@@ -358,7 +359,7 @@ def _work(
     )
     for note in (*mirror.notes, publisher.problem if publisher is not None else ""):
         if note:
-            console.print(f"[yellow]note:[/] {note}", highlight=False)
+            console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
     for job in unfinished:
         console.print(
             f"[yellow]incomplete:[/] {job.study.name} ({job.preset}); the same command goes on",

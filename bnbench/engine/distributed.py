@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -169,8 +170,12 @@ def backend_of(device: str) -> str:
 
 
 def trainer_for(trial: Trial, device: str, timeout: float = TIMEOUT) -> L.Trainer:
-    """The Trainer of a row on "cuda" or "cpu", with nothing in it that would cost time."""
-    with quiet_lightning(), _without_external_callbacks():
+    """The Trainer of a row on "cuda" or "cpu", with nothing in it that would cost time.
+
+    Callbacks that other installed packages offer to every Trainer stay out: they could change what a row
+    trains, and to look for them takes longer than a small row's evaluation.
+    """
+    with quiet_lightning(), patch.object(callback_connector, "_load_external_callbacks", lambda group: []):
         return L.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",
             devices=trial.devices,
@@ -185,20 +190,6 @@ def trainer_for(trial: Trial, device: str, timeout: float = TIMEOUT) -> L.Traine
             num_sanity_val_steps=0,
             plugins=[cluster_environment()],
         )
-
-
-@contextlib.contextmanager
-def _without_external_callbacks() -> Iterator[None]:
-    """Keep out the callbacks that other installed packages put into every Trainer of Lightning.
-
-    They could change what a row trains; and to look for them takes longer than a small row's evaluation.
-    """
-    load = callback_connector._load_external_callbacks
-    callback_connector._load_external_callbacks = lambda group: []
-    try:
-        yield
-    finally:
-        callback_connector._load_external_callbacks = load
 
 
 def join_group(trainer: L.Trainer, trial: Trial) -> Group:

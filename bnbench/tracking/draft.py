@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Definition:
     @property
     def command(self) -> str:
         """What trains the study again."""
-        return f"bnbench run {self.values['name']} --preset {self.values['preset']}"
+        return f"bnbench run {shlex.quote(self.values['name'])} --preset {self.values['preset']}"
 
 
 class Point(NamedTuple):
