@@ -25,7 +25,7 @@ STUDY = Study(
             other=("none",),
             unit="decades",
             cells=PRIMARY,
-            half_width={"mlp-digits": 0.5, "mlp-mnist1d": 0.3, "cnn-digits": 0.2, "cnn-mnist1d": 0.25},
+            half_width={"mlp-digits": 0.5, "mlp-mnist1d": 0.22, "cnn-digits": 0.22, "cnn-mnist1d": 0.22},
         ),
         Hypothesis(
             name="C2.layer",

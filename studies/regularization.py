@@ -18,7 +18,8 @@ CNN = {"model": "cnn", "model_options": {"channels": 16}}
 PRIMARY = ("mlp-digits", "mlp-mnist1d", "cnn-digits", "cnn-mnist1d")
 MATCHED = "mlp-mnist1d, matched"
 
-# Replicates below 300 were looked at while lengths, grid and the matched loss were chosen.
+# Replicates below 300 were looked at while lengths, grid and the matched loss were chosen; six of
+# them, tuned in the same way, gave the expected half-widths.
 QUICK = Design(
     base=Trial(schedule="trapezoid", warmup=0.05, n_train=400, seed=300, data_seed=300),
     cells=(
@@ -115,6 +116,7 @@ STUDY = Study(
             other=("NBS full",),
             unit="nats",
             cells=(*PRIMARY, *FULL_CELLS),
+            half_width=dict(zip(PRIMARY, (0.05, 0.4, 0.01, 0.07), strict=True)),
         ),
         *(
             Hypothesis(
@@ -123,8 +125,9 @@ STUDY = Study(
                 sentence="Halving the samples that are normalized together raises the training loss.",
                 estimand=partial(metric_slope, doses=doses, metric="train/loss"),
                 delta=0.01,
-                better=tuple(arm for arm, _ in doses),
-                unit="nats a halving",
+                better=tuple(arm for arm, _ in doses[:-1]),
+                other=("NBS full",),
+                unit="nats/halving",
                 primary=False,
                 cells=cells,
             )
@@ -149,7 +152,8 @@ STUDY = Study(
             sentence="An intermediate noise has a higher test accuracy than both the least and the most.",
             estimand=partial(interior_gain, arms=("NBS 4", "NBS 16", "NBS full"), metric="test/acc_precise"),
             delta=1.0,
-            better=("NBS 4", "NBS 16", "NBS full"),
+            better=("NBS 4", "NBS 16"),
+            other=("NBS full",),
             unit="pp",
             primary=False,
             cells=PRIMARY,
