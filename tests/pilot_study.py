@@ -51,7 +51,9 @@ def invented(trial: Trial) -> Result:
     accuracy = {f"{part}/acc{kind}": 0.6 + 0.39 * luck for part in ("train", "val", "test")
                 for kind in ("", "_precise")}  # fmt: skip
     curve = {"step": (1.0, 4.0, float(trial.steps)), "val/acc": (0.05, 0.1 + 0.1 * luck, 0.99)}
-    metrics = {"chance": 0.1, "test/gap": 0.2, "time/total_s": luck, **loss, **accuracy}
+    loss |= {f"{name}_{kind}": value for name, value in loss.items() for kind in ("precise", "calibrated")}
+    metrics = {"chance": 0.1, "test/gap": 0.2, "test/gap_calibrated": 0.2 + luck, "norm/gamma": 0.5 + luck}
+    metrics |= {"time/total_s": luck, "time/step_ms": 1 + luck, **loss, **accuracy}
     return Result("done", metrics, curve if trial.curve_points else {}, provenance={"host": "h"})
 
 

@@ -96,18 +96,22 @@ def test_scale_width_is_in_decades_of_scale_around_the_groups_best():
     assert scale_widths((0.1, 0.9, 0.1), (0.82, 0.90, 0.82)).value == pytest.approx(-0.45)
 
 
-def test_scale_width_reads_the_best_rate_or_a_fixed_one():
+def test_scale_width_reads_the_best_rate_or_that_of_scale_1():
     good, rows = scaled("batch", (0.5, 0.9, 0.5))
     bad, more = scaled("none", (0.5, 0.9, 0.5))
-    # At the lower rate one more scale of `batch` trains as well as its best one.
-    rows[0].result.metrics["val/acc"] = 0.85
+    # At the lower rate, which is not the best at scale 1, one more scale trains as well as the best one.
+    rows[0].result.metrics["val/acc"] = 0.89
     table = replicate(*rows, *more)
     tuned = init_scale_width_difference(table, better=good, other=bad)
-    fixed = init_scale_width_difference(table, better=good, other=bad, lr=0.01)
+    fixed = init_scale_width_difference(table, better=good, other=bad, tuned=False)
     slope = 0.02 / 0.4
-    # Tuned: (.85, .9, .5) against (.5, .9, .5). At lr .01: (.85, .85, .45) against (.45, .85, .45).
-    assert (tuned.value, tuned.allows) == (pytest.approx(0.02 / 0.05 - slope), "both")
-    assert (fixed.value, fixed.allows) == (pytest.approx(1 - slope), "support")
+    # Tuned: (.89, .9, .5) against (.5, .9, .5). At the rate of scale 1: (.5, .9, .5) for both.
+    assert (tuned.value, tuned.allows) == (pytest.approx(1 + slope - 2 * slope), "support")
+    assert (fixed.value, fixed.allows) == (pytest.approx(0.0), "both")
+    # On a tie the lower rate is read, where both scales train.
+    rows[2].result.metrics["val/acc"] = 0.9
+    fixed = init_scale_width_difference(table, better=good, other=bad, tuned=False)
+    assert fixed.value == pytest.approx(1 + 0.02 / 0.45 - 2 * slope)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +142,17 @@ def test_scales_may_come_in_any_order():
 
 
 def test_a_missing_scale_or_rate_is_named_and_one_scale_is_refused():
-    with pytest.raises(LookupError, match=r"'batch x0\.1' has no row at lr 0\.3"):
-        scale_widths((0.5, 0.9, 0.5), (0.5, 0.9, 0.5), lr=0.3)
     good, rows = scaled("batch", (0.5, 0.9, 0.5))
+    bad, more = scaled("none", (0.5, 0.9, 0.5))
+    with pytest.raises(LookupError, match=r"'batch x0\.1' has no row at lr 0\.1"):
+        init_scale_width_difference(
+            replicate(*(row for row in rows if row is not rows[1]), *more),
+            better=good,
+            other=bad,
+            tuned=False,
+        )
+    with pytest.raises(BadInput, match="that of scale 1, and it is not in"):
+        init_scale_width_difference(replicate(*rows, *more), better=good[::2], other=bad[::2], tuned=False)
     with pytest.raises(LookupError, match="no grid of 'none x1'"):
         init_scale_width_difference(replicate(*rows), better=good, other=(("none x1", 1.0), ("none x2", 2.0)))
     with pytest.raises(BadInput, match="needs two scales or more"):

@@ -44,17 +44,18 @@ def init_scale_width_difference(
     other: tuple[tuple[str, float], ...],
     margin: float = 0.02,
     metric: str = "val/acc",
-    lr: float | None = None,
+    tuned: bool = True,
 ) -> Estimate:
     """Decades of initial scale over which one group of arms trains well, minus those of another group.
 
-    A group is pairs (arm, scale). An arm counts with the best metric of its tuning or sweep rows, or with
-    the one at `lr`. The width of a group is that of :func:`usable_lr_width`, over log10(scale) in place of
+    A group is pairs (arm, scale). An arm counts with the best metric of its tuning or sweep rows; if not
+    `tuned`, with the one at the learning rate (ties: the lowest) that is best at the group's scale 1. The width of a group is that of :func:`usable_lr_width`, over log10(scale) in place of
     log10(lr) and with the best of the group; what its ends cut off allows the same as in
-    :func:`lr_width_difference`. Raises BadInput for a group of fewer than two scales.
+    :func:`lr_width_difference`. Raises BadInput for a group of fewer than two scales, or without the scale 1 where
+    that is needed.
     """
     return _difference(
-        *(_width_over_scale(replicate, group, margin, metric, lr) for group in (better, other))
+        *(_width_over_scale(replicate, group, margin, metric, tuned) for group in (better, other))
     )
 
 
@@ -78,10 +79,11 @@ def _width_over_lr(entries: Sequence[Entry], margin: float, metric: str) -> tupl
 
 
 def _width_over_scale(
-    replicate: Replicate, group: Sequence[tuple[str, float]], margin: float, metric: str, lr: float | None
+    replicate: Replicate, group: Sequence[tuple[str, float]], margin: float, metric: str, tuned: bool
 ) -> tuple[float, bool]:
     if len({scale for _, scale in group}) < 2:
         raise BadInput(f"a width over initial scales needs two scales or more, not {list(group)}")
+    lr = None if tuned else _best_rate_at_one(replicate, group, metric)
     points, chance = [], 0.0
     for arm, scale in group:
         entries = [entry for entry in _grid(replicate, arm) if lr is None or entry.trial.lr == lr]
@@ -90,6 +92,13 @@ def _width_over_scale(
         points.append((math.log10(scale), max(entry[metric] for entry in entries)))
         chance = entries[0]["chance"]
     return _usable_width(points, margin, chance)
+
+
+def _best_rate_at_one(replicate: Replicate, group: Sequence[tuple[str, float]], metric: str) -> float:
+    arms = [arm for arm, scale in group if scale == 1]
+    if not arms:
+        raise BadInput(f"one learning rate for all scales is that of scale 1, and it is not in {list(group)}")
+    return max(_grid(replicate, arms[0]), key=lambda entry: (entry[metric], -entry.trial.lr)).trial.lr
 
 
 def _usable_width(points: Sequence[Point], margin: float, chance: float) -> tuple[float, bool]:
