@@ -49,10 +49,10 @@ def init_scale_width_difference(
     """Decades of initial scale over which one group of arms trains well, minus those of another group.
 
     A group is pairs (arm, scale). An arm counts with the best metric of its tuning or sweep rows; if not
-    `tuned`, with the one at the learning rate (ties: the lowest) that is best at the group's scale 1. The width of a group is that of :func:`usable_lr_width`, over log10(scale) in place of
-    log10(lr) and with the best of the group; what its ends cut off allows the same as in
-    :func:`lr_width_difference`. Raises BadInput for a group of fewer than two scales, or without the scale 1 where
-    that is needed.
+    `tuned`, with the one at the learning rate (ties: the lowest) that is best at the group's scale 1. The
+    width of a group is that of :func:`usable_lr_width`, over log10(scale) in place of log10(lr) and with the
+    best of the group; what its ends cut off allows the same as in :func:`lr_width_difference`. Raises
+    BadInput for a group of fewer than two scales, or without the scale 1 where that is needed.
     """
     return _difference(
         *(_width_over_scale(replicate, group, margin, metric, tuned) for group in (better, other))
