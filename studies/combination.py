@@ -34,10 +34,11 @@ BESIDE = (
     {"name": "batch, decay 0.01 on all", "norm": "batch", "weight_decay": 0.01, "decay_norm": True},
 )
 
-# Replicates below 300 were looked at while lengths and grid were chosen; six of
-# them, tuned in the same way, gave the expected half-widths.
+# Replicates below 300 were looked at while lengths and grid were chosen; six of them, tuned in the same way,
+# gave the expected half-widths. A first version of this study, on the replicates 300 to 309, had a grid from
+# 0.003 to 1, and in two cells the arm without dropout chose 1, so that there was no verdict.
 QUICK = Design(
-    base=Trial(schedule="trapezoid", warmup=0.05, n_train=400, seed=300, data_seed=300),
+    base=Trial(schedule="trapezoid", warmup=0.05, n_train=400, seed=400, data_seed=400),
     cells=(
         Cell("mlp-digits", data="digits", model="mlp", steps=200, constants=FITS),
         Cell("mlp-mnist1d", data="mnist1d", model="mlp", steps=300, constants=FITS),
@@ -45,7 +46,7 @@ QUICK = Design(
         Cell("cnn-mnist1d", data="mnist1d", steps=250, **CNN, constants={**FITS, "delta_acc": 0.5}),
     ),
     arms=(*ARMS, *(Arm(**arm, cells=BESIDE_CELLS) for arm in BESIDE)),
-    lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
+    lr=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     tuning="once",
     curve_points=0,
 )
