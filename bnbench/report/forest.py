@@ -85,7 +85,7 @@ def draw_forest(
     marks = marks_of(every, frame.limits, diverged=any(row.diverged for row in rows))
     width, inside, foot = (800.0, 34.0 * total, 46.0) if wide else (WIDTH, 36.0 * total, 46.0)
     foot += 20.0 if marks else 0.0
-    left, right = (0.24, 0.73) if wide else (0.02, 0.98)
+    left, right = (0.24, 0.705) if wide else (0.02, 0.98)
     with house_style():
         figure = new_figure(width, inside + foot)
         bottom = foot / (inside + foot)
@@ -142,7 +142,7 @@ def _forest_row(axes: Any, row: ForestRow, top: float, frame: _Frame, across: An
     for edge in (-verdict.delta / unit, verdict.delta / unit):
         axes.plot([edge, edge], [start, end], color=INK, linewidth=0.9, linestyle=(0, (2, 2)), alpha=0.7)
     axes.plot([0, 0], [start, end], color=INK, linewidth=0.9)
-    sides = (0.232, 0.738) if frame.wide else (0.02, 0.98)
+    sides = (0.232, 0.713) if frame.wide else (0.02, 0.98)
     place: dict[str, Any] = {"transform": across, "fontsize": 11, "va": "center"}
     axes.text(
         sides[0],
