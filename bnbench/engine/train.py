@@ -52,6 +52,7 @@ from bnbench.tracking.live import LiveLog
 
 CURVE_SAMPLES = 1000
 RECALIBRATION_SAMPLES = 512
+INITIAL_SAMPLES = 64
 TRAIN_SAMPLES = 1024
 
 
@@ -301,8 +302,8 @@ class _Run:
 
     def measure(self) -> tuple[dict[str, float], dict[str, tuple[float, ...]], Status, str]:
         trial = self.trial
-        # One batch of statistics is enough to say whether the training ends above where it began.
-        with self.precise(trial.global_batch):
+        # So few are enough to say whether the training ends above where it began.
+        with self.precise(INITIAL_SAMPLES):
             initial = self.finite(self.train_scores(self.train_logits()))
         self.fit()
         parts = ("val", "test") if trial.score_on == "test" else ("val",)
