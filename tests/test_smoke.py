@@ -20,23 +20,23 @@ from tests.pilot_study import design, drive, study
 @pytest.mark.parametrize(
     ("changes", "batch_size"),
     [
-        ({}, 16),
-        ({"norm": "none", "batch_size": 256}, 16),
+        ({}, 8),
+        ({"norm": "none", "batch_size": 256}, 8),
         ({"batch_size": 4}, 4),
-        ({"norm": "ghost_batch", "norm_options": {"ghost_size": 4}}, 16),
+        ({"norm": "ghost_batch", "norm_options": {"ghost_size": 4}}, 8),
         ({"norm": "ghost_batch", "norm_options": {"ghost_size": 16}}, 16),
         ({"norm": "ghost_batch", "norm_options": {"ghost_size": 24}, "batch_size": 96}, 24),
         ({"norm": "ghost_batch", "batch_size": 128}, 32),
-        ({"norm": "sync_batch", "devices": 2}, 16),
+        ({"norm": "sync_batch", "devices": 2}, 8),
         ({"norm": "ghost_batch", "last_norm_options": {"ghost_size": 64}, "batch_size": 128}, 64),
     ],
 )
-def test_a_batch_is_the_smallest_from_16_on_that_the_norms_take(
+def test_a_batch_is_the_smallest_from_8_on_that_the_norms_take(
     changes: dict[str, object], batch_size: int
 ) -> None:
     small = smallest(Trial(**{"steps": 900, "n_train": 1000, **changes}))
     assert (small.batch_size, small.steps, small.n_train) == (batch_size, 2, batch_size * small.devices)
-    assert small.n_eval == 16
+    assert small.n_eval == 8
     check_trial(small)
 
 
@@ -50,7 +50,7 @@ def test_a_batch_that_no_norm_takes_is_left_to_be_refused() -> None:
 def test_a_reference_is_no_larger_than_the_batch(tmp_path: Path) -> None:
     given = {"reference_size": 512, "own_weight": 0.0}
     small = smallest(Trial(norm="virtual_batch", norm_options=given, data="digits"))
-    assert small.norm_options == {**given, "reference_size": 16}
+    assert small.norm_options == {**given, "reference_size": 8}
     assert train(small, Place(tmp_path, tmp_path)).status == "done"
 
 
@@ -85,7 +85,20 @@ def test_every_row_of_a_search_is_a_point_of_the_space_that_is_registered() -> N
     for entry in rows:
         point = point_of(smoke.arms[1].space_in("mlp"), entry.trial)
         assert set(point) == {"lr", "schedule"}
-        assert (entry.trial.batch_size, entry.trial.steps) == (16, 2)
+        assert (entry.trial.batch_size, entry.trial.steps) == (8, 2)
+
+
+def test_cells_of_one_shape_are_tried_once() -> None:
+    cells = (
+        Cell("mlp"),
+        Cell("mlp, noisy", label_noise=0.2),
+        Cell("mlp, one more arm", n_train=100),
+        Cell("mlp, tanh", activation="tanh"),
+    )
+    arms = (Arm("none", norm="none"), Arm("batch", cells=("mlp, one more arm",)))
+    smoke = study(full=design(cells=cells, arms=arms), quick=design(), hypotheses=()).design("smoke")
+    assert [cell.name for cell in smoke.cells] == ["mlp", "mlp, one more arm", "mlp, tanh"]
+    assert [arm.name for arm in smoke.arms_in("mlp, one more arm")] == ["none", "batch"]
 
 
 def test_an_arm_of_some_cells_stays_one() -> None:

@@ -212,13 +212,37 @@ class Design:
         return cells[name]
 
 
+#: Fields of a cell that make another network, or read other data.
+_SHAPING = (
+    *("data", "data_options", "model", "model_options", "activation", "order", "norm", "norm_options"),
+    *("last_norm_options", "reparam", "precision", "devices", "num_nodes"),
+)
+
+
 def smallest_design(full: Design) -> Design:
-    """Every shape of a design for two steps: one replicate, one learning rate, one point a search."""
+    """Every shape of a design for two steps: one replicate, one learning rate, one point a search.
+
+    Of cells with the same network, data set and arms, which differ in label noise, samples or the like, only
+    the first is kept.
+    """
+    kept: dict[Any, Cell] = {}
+    for cell in full.cells:
+        row = full.base.replace(**cell.changes)
+        shape = [str(getattr(row, name)) for name in _SHAPING]
+        kept.setdefault((*shape, *(arm.name for arm in full.arms_in(cell.name))), cell)
+    names = {cell.name for cell in kept.values()}
     arms = tuple(
-        Arm(arm.name, space=smoke.left_of(arm.space), cells=arm.cells, **arm.changes) for arm in full.arms
+        Arm(
+            arm.name,
+            space=_of_cells(smoke.left_of(arm.space), names),
+            cells=tuple(name for name in arm.cells if name in names),
+            **arm.changes,
+        )
+        for arm in full.arms
     )
     return replace(
         full,
+        cells=tuple(kept.values()),
         arms=arms,
         replicates=1,
         lr=full.lr[:1],
@@ -228,6 +252,11 @@ def smallest_design(full: Design) -> Design:
         timing_steps=min(smoke.STEPS, full.timing_steps),
         smoke=True,
     )
+
+
+def _of_cells(space: Space | Mapping[str, Space], names: set[str]) -> Space | dict[str, Space]:
+    """A space, given by cell or not, for some of the cells."""
+    return {cell: space[cell] for cell in space if cell in names} if isinstance(space, Mapping) else space
 
 
 def define_searches(design: Design) -> dict[str, Any]:

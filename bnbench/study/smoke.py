@@ -11,9 +11,9 @@ from bnbench.study.trial import Trial
 #: Two steps: the second one starts from what the first has changed.
 STEPS = 2
 #: Batches are not made smaller than this.
-LEAST_BATCH = 16
+LEAST_BATCH = 8
 #: So many samples are evaluated: to evaluate a large network takes longer than two steps of it.
-EVALUATED = 16
+EVALUATED = 8
 CURVE_POINTS = 1
 _DECIDED = ("steps", "batch_size", "n_train", "n_eval", "data_options")
 
