@@ -76,8 +76,14 @@ def gather(results: Sequence[StudyResult], runs: Path) -> Report:
 
 
 def linked(report: Report, record: Record, uri: str) -> Report:
-    """The report with the pages of all that the tracking store `uri` has been sent by now."""
-    pages = {r.study_hash: pages_of(record, r.study_hash, r.table, uri) for r in report.results}
+    """The report with the pages of all that the tracking store `uri` has been sent by now.
+
+    Trainings of two steps get none: nobody looks for them, and links make the page be drawn once more.
+    """
+    pages = {
+        r.study_hash: {} if r.design.smoke else pages_of(record, r.study_hash, r.table, uri)
+        for r in report.results
+    }
     return replace(report, results=tuple(replace(r, links=pages[r.study_hash]) for r in report.results))
 
 
