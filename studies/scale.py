@@ -31,6 +31,40 @@ FULL_STEPS, FULL_NARROW = "vgg11-cifar10, equal steps", "narrow mlp-cifar10, equ
 FULL_WIDE = "wide mlp-cifar10, equal steps"
 FULL_AFFINE = (FULL_STEPS, FULL_NARROW, FULL_WIDE)
 
+STEPS = (EQUAL_STEPS, FULL_STEPS)
+#: The scale of a part alone: all layers but the last, the last, the logits, or where a learned scale starts.
+IN_PARTS = {
+    cell: (
+        *(
+            Arm(
+                f"inner γ {gamma}",
+                norm_options={**ONE, "gamma": float(gamma)},
+                last_norm_options={"gamma": 1.0},
+                cells=(cell,),
+            )
+            for gamma in ENDS
+        ),
+        *(
+            Arm(
+                f"last γ {gamma}",
+                norm_options=ONE,
+                last_norm_options={"gamma": float(gamma)},
+                cells=(cell,),
+            )
+            for gamma in ENDS
+        ),
+        *(
+            Arm(f"logits × {gamma}", norm_options=ONE, logit_scale=float(gamma), cells=(cell,))
+            for gamma in ENDS
+        ),
+        *(
+            Arm(f"learned γ from {gamma}", norm_options={"gamma_init": float(gamma)}, cells=(cell,))
+            for gamma in ENDS
+        ),
+    )
+    for cell in STEPS
+}
+
 # Replicates below 300 were looked at while lengths, grid and the matched losses were chosen; six of
 # them, tuned in the same way, gave the expected half-widths.
 QUICK = Design(
@@ -58,32 +92,7 @@ QUICK = Design(
             for gamma in ("0.5", "2")
         ),
         Arm("γ 5", norm_options={**ONE, "gamma": 5.0}),
-        *(
-            Arm(
-                f"inner γ {gamma}",
-                norm_options={**ONE, "gamma": float(gamma)},
-                last_norm_options={"gamma": 1.0},
-                cells=(EQUAL_STEPS,),
-            )
-            for gamma in ENDS
-        ),
-        *(
-            Arm(
-                f"last γ {gamma}",
-                norm_options=ONE,
-                last_norm_options={"gamma": float(gamma)},
-                cells=(EQUAL_STEPS,),
-            )
-            for gamma in ENDS
-        ),
-        *(
-            Arm(f"logits × {gamma}", norm_options=ONE, logit_scale=float(gamma), cells=(EQUAL_STEPS,))
-            for gamma in ENDS
-        ),
-        *(
-            Arm(f"learned γ from {gamma}", norm_options={"gamma_init": float(gamma)}, cells=(EQUAL_STEPS,))
-            for gamma in ENDS
-        ),
+        *IN_PARTS[EQUAL_STEPS],
         Arm("learned γ", cells=(EQUAL_STEPS,)),
         Arm("learned γ, decay 0.01", gamma_decay=0.01, cells=(EQUAL_STEPS,)),
         Arm("γ alone", norm_options={"learn_beta": False}, cells=(EQUAL_STEPS,)),
@@ -124,32 +133,7 @@ FULL = Design(
             for gamma in FIVE
             if gamma != "1"
         ),
-        *(
-            Arm(
-                f"inner γ {gamma}",
-                norm_options={**ONE, "gamma": float(gamma)},
-                last_norm_options={"gamma": 1.0},
-                cells=(FULL_STEPS,),
-            )
-            for gamma in ENDS
-        ),
-        *(
-            Arm(
-                f"last γ {gamma}",
-                norm_options=ONE,
-                last_norm_options={"gamma": float(gamma)},
-                cells=(FULL_STEPS,),
-            )
-            for gamma in ENDS
-        ),
-        *(
-            Arm(f"logits × {gamma}", norm_options=ONE, logit_scale=float(gamma), cells=(FULL_STEPS,))
-            for gamma in ENDS
-        ),
-        *(
-            Arm(f"learned γ from {gamma}", norm_options={"gamma_init": float(gamma)}, cells=(FULL_STEPS,))
-            for gamma in ENDS
-        ),
+        *IN_PARTS[FULL_STEPS],
         Arm("learned γ", cells=FULL_AFFINE),
         *(
             Arm(f"learned γ, decay {decay:g}", gamma_decay=decay, cells=(FULL_STEPS,))
@@ -161,7 +145,6 @@ FULL = Design(
     lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     tuning="once",
 )
-STEPS = (EQUAL_STEPS, FULL_STEPS)
 
 STUDY = Study(
     name="scale",
