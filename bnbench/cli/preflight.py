@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from bnbench import doctor
+from bnbench.cli.progress import print_note
 from bnbench.engine.cost import shape_of
 from bnbench.engine.preflight import Preflight, look, positions
 from bnbench.engine.suite import Job
@@ -71,7 +71,7 @@ def on_fit_gpus(request: Request, jobs: Sequence[Job], console: Console) -> Requ
     faults = flight.findings if flight.gpus else (*flight.left_out, *flight.findings)
     notes = [str(finding) for finding in doctor.refuse_unfit(faults)]
     for line in [*(f"left out: {finding.text}" for finding in flight.left_out), *notes]:
-        console.print(f"[yellow]note:[/] {escape(line)}", highlight=False)
+        print_note(console, line)
     most = len(flight.gpus) * request.per_gpu
     workers = None if request.workers is None else min(request.workers, most)
     return dataclasses.replace(request, gpus=positions(flight.gpus, os.environ), workers=workers)

@@ -27,6 +27,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def print_note(console: Console, text: object) -> None:
+    """Something that a person should know, in one line; brackets in it are no markup."""
+    console.print(f"[yellow]note:[/] {escape(str(text))}", highlight=False)
+
+
 class Display:
     """Counts what is done, reused, running and failed, and says how much time is left.
 
@@ -93,7 +98,7 @@ class Display:
 
     def trouble(self, line: str) -> None:
         """Something that a person should know; the work goes on."""
-        self.console.print(f"[yellow]note:[/] {escape(line)}", highlight=False)
+        print_note(self.console, line)
 
     @property
     def seconds_left(self) -> float:

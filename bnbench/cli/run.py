@@ -9,16 +9,16 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as TextTable
 
 from bnbench import doctor, placement
 from bnbench.cli.asked import jobs_for, presets_of, with_enough_data, write_questions
 from bnbench.cli.preflight import on_fit_gpus
-from bnbench.cli.progress import Display, duration
+from bnbench.cli.progress import Display, duration, print_note
 from bnbench.cli.recorded import gather, linked, recorded_jobs, result_of, results_of
 from bnbench.data import fetch
 from bnbench.engine.cost import Costs, known_costs, measure_costs, occupied_seconds, seconds_of
@@ -85,16 +85,13 @@ def run(request: Request) -> int:
     pool = _open_pool(request)
     presets = presets_of(request, bool(pool.gpus))
     suite = load_studies()
-
-    def note(text: str) -> None:
-        console.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
-
+    note = partial(print_note, console)
     asked = jobs_for(request, presets, suite, note)
     preflight = bool(pool.gpus) and not request.ray and not request.dry_run
     if not preflight:
         cards_here = "none" if request.ray else request.gpus
         for warning in doctor.refuse_unfit(doctor.check(request.runs, cards_here, environ=os.environ)):
-            console.print(f"[yellow]note:[/] {escape(str(warning))}", highlight=False)
+            note(warning)
     jobs = _fitting(asked, pool.gpus, request, console)
     with ExitStack() as stack:
         stack.enter_context(hold(request.runs))
@@ -165,7 +162,7 @@ def _fitting(jobs: list[Job], gpus: int, request: Request, console: Console) -> 
         line = f"study {job.study.name!r} ({job.preset}) {problem}"
         if request.words:
             raise BadInput(line)
-        console.print(f"[yellow]note:[/] left out: {escape(line)}", highlight=False)
+        print_note(console, f"left out: {line}")
     return fit
 
 
@@ -186,8 +183,7 @@ def _with_data(jobs: list[Job], request: Request, console: Console) -> list[Job]
                 if not (request.preset == "auto" and job.preset == "full"):
                     raise
                 problems[place] = str(error)
-                said = escape(str(error))
-                console.print(f"[yellow]note:[/] the preset full is left out: {said}", highlight=False)
+                print_note(console, f"the preset full is left out: {error}")
         if not any(problems[place] for place in needed):
             ready.append(job)
     return ready
@@ -279,7 +275,7 @@ def _work(
     if not request.offline:
         store = open_store(uri, request.runs)
         if store.notice:
-            console.print(f"[yellow]note:[/] {escape(store.notice)}", highlight=False)
+            print_note(console, store.notice)
         publisher = Publisher(store, record.path, request.runs)
         publisher.start()
         tracking = store.shown
@@ -359,7 +355,7 @@ def _work(
     )
     for note in (*mirror.notes, publisher.problem if publisher is not None else ""):
         if note:
-            console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
+            print_note(console, note)
     for job in unfinished:
         console.print(
             f"[yellow]incomplete:[/] {job.study.name} ({job.preset}); the same command goes on",
