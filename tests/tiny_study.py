@@ -66,11 +66,9 @@ def start(*arguments: str | Path, folder: Path, data: Path, **more: Any) -> subp
         [sys.executable, "-m", "bnbench.cli", *map(str, arguments)],
         cwd=folder,
         env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        **more,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more},
     )
 
 
@@ -93,6 +91,14 @@ def statuses(runs: Path) -> dict[str, int]:
 
     with sqlite3.connect(runs / "bnbench.db") as db:
         return dict(db.execute("SELECT status, count(*) FROM rows GROUP BY status").fetchall())
+
+
+def keys_of(runs: Path) -> set[str]:
+    """The keys of all recorded rows."""
+    import sqlite3
+
+    with sqlite3.connect(runs / "bnbench.db") as db:
+        return {key for (key,) in db.execute("SELECT key FROM rows")}
 
 
 def children_of(pid: int) -> list[int]:
