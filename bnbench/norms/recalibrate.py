@@ -45,7 +45,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         stack.enter_context(_modes_restored(model))
         model.eval()
         for layer, layer_sums in zip(layers, sums, strict=True):
-            layer.train()
+            layer.training = True
             stack.callback(layer.register_forward_pre_hook(_collector(layer_sums)).remove)
         for batch in batches:
             model(_inputs(batch).to(device))
