@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,13 +22,17 @@ LEAST = 30.0  # seconds; a training that is stopped sooner is repeated rather th
 
 @dataclass
 class Progress:
-    """How far a training is: steps, curve, last finite loss, seconds spent on the steps, target reached."""
+    """How far a training is: steps, curve, last finite loss, seconds spent on the steps, target reached.
+
+    `probes` has the state of each probe by name.
+    """
 
     step: int = 0
     curve: dict[str, list[float]] = field(default_factory=dict)
     last_loss: float = float("inf")
     trained_s: float = 0.0
     reached: bool = False
+    probes: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoint:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -26,16 +27,29 @@ BLOCK_STEPS = 32
 
 
 class Blocks:
-    """The steps [start, stop) as blocks of up to 32, cut at every one of `cuts`; ends early when told to."""
+    """The steps [start, stop) as blocks of up to 32, cut at every one of `cuts`; ends early when told to.
 
-    def __init__(self, start: int, stop: int, cuts: Sequence[int], ended: Callable[[], bool]) -> None:
+    `splits` cut a block further and move no other edge; `edges` has the ends of the blocks without them.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        stop: int,
+        cuts: Sequence[int],
+        ended: Callable[[], bool],
+        splits: Collection[int] = (),
+    ) -> None:
         edges = {stop, *(cut for cut in cuts if start < cut < stop)}
         self.blocks: list[tuple[int, int]] = []
+        self.edges: set[int] = set()
         at = start
         while at < stop:
             end = min(min(edge for edge in edges if edge > at), at + BLOCK_STEPS)
-            self.blocks.append((at, end))
+            inner = [at, *sorted(split for split in splits if at < split < end), end]
+            self.blocks += pairwise(inner)
             at = end
+            self.edges.add(end)
         self._ended = ended
 
     def __len__(self) -> int:
@@ -174,6 +188,10 @@ class ChunkedClassifier(NormClassifier):
         self.last_losses: list[float] = []
         #: When the first block began (`time.perf_counter()`), after all that Lightning does before.
         self.began = 0.0
+        #: When the steps of the last block had ended, before anyone looked at the module.
+        self.ended = 0.0
+        #: Samples (x, y) that are not trained on, for probes that compare.
+        self.held_out: Arrays | None = None
         self.optimizer_state: FusedSGD | None = None
         if referring := layers_with_reference(self.model):
             size = reference_size(referring, self.global_batch)
@@ -201,6 +219,10 @@ class ChunkedClassifier(NormClassifier):
         if self.optimizer_state is None:
             self.prepare()
 
+    def on_train_start(self) -> None:
+        """Seed what a probe draws before the first step."""
+        _seed_device(self.device, seed_of(*self.own_seed, "start"))
+
     def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:  # type: ignore[override]
         """Do the steps [start, stop) of a block."""
         self.began = self.began or time.perf_counter()
@@ -213,6 +235,7 @@ class ChunkedClassifier(NormClassifier):
         count_steps(self.trainer, stop - start)
         self.last_losses = torch.stack(losses).tolist()
         self.diverged = self.diverged or not all(map(math.isfinite, self.last_losses))
+        self.ended = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: tuple[int, int], batch_idx: int) -> None:
         """Report the block, here where Lightning's autocast no longer reigns."""
@@ -222,10 +245,22 @@ class ChunkedClassifier(NormClassifier):
     def on_train_end(self) -> None:
         """Nothing: after its last block the module is up to date."""
 
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        h = self.hparams
+        return float(h["lr"] * learning_rate_factor(step, h["steps"], h["schedule"], h["warmup"]))
+
+    def probe_batch(self, samples: int) -> tuple[Tensor, Tensor]:
+        """The first training samples, or so many as there are, for probes."""
+        return self.train_arrays.x[:samples], self.train_arrays.y[:samples]
+
+    def held_out_batch(self, samples: int) -> tuple[Tensor, Tensor] | None:
+        """The first samples that are not trained on, where there are any."""
+        return None if self.held_out is None else (self.held_out.x[:samples], self.held_out.y[:samples])
+
     def _step(self, step: int, x: Tensor, y: Tensor) -> Tensor:
         optimizer = self.optimizer_state
         assert optimizer is not None
-        h = self.hparams
         if self.augment is not None:
             x = self.augment(x, generator(*self.own_seed, "augment", step))
         _seed_device(x.device, seed_of(*self.own_seed, "dropout", step))
@@ -240,8 +275,7 @@ class ChunkedClassifier(NormClassifier):
             norm = torch.nn.utils.get_total_norm(gradients)
             scale = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
             gradients = [g * scale for g in gradients]
-        factor = learning_rate_factor(step, h["steps"], h["schedule"], h["warmup"])
-        optimizer.step(gradients, h["lr"] * factor)
+        optimizer.step(gradients, self.learning_rate_at(step))
         return loss
 
 

@@ -11,7 +11,7 @@ from statistics import fmean
 
 from bnbench.data import DATASETS
 from bnbench.engine.conduct import train_row
-from bnbench.engine.rows import look_steps
+from bnbench.engine.rows import look_steps, probes_of
 from bnbench.record import Record
 from bnbench.study.table import Result
 from bnbench.study.trial import Trial
@@ -25,7 +25,7 @@ _FREE = {
     *("init", "init_scale", "bias_init", "logit_scale", "label_noise", "label_smoothing"),
     # Dropping units costs little beside the rest, and would double the shapes of a search.
     *("order", "dropout", "dropout_at"),
-    *("data_seed", "seed", "repeat", "score_on", "curve_points", "until_train_nll", "alone"),
+    *("data_seed", "seed", "repeat", "score_on", "curve_points", "until_train_nll", "probes", "alone"),
 }
 #: And such options of norms.
 _FREE_OPTIONS = ("eps", "momentum", "gamma_init", "gamma")
@@ -79,10 +79,11 @@ def reference_cost(trial: Trial) -> Cost:
 
 
 def _evaluations(trial: Trial) -> float:
-    """What a row evaluates on the way and on test data, in the time of training steps."""
+    """What a row evaluates on the way, by probes and on test data, in the time of training steps."""
     samples = trial.curve_points * 1512 + (12000 if trial.score_on == "test" else 0)
     samples += len(look_steps(trial)) * 1536
-    return samples * _FORWARD_SHARE / trial.batch_size
+    probed = sum(len(probe.due_steps(trial.steps)) * probe.passes for probe in probes_of(trial))
+    return samples * _FORWARD_SHARE / trial.batch_size + probed
 
 
 def _cost_of(trial: Trial, result: Result) -> Cost:
@@ -110,6 +111,7 @@ def probe_of(trial: Trial, steps: int) -> Trial:
         score_on="val",
         curve_points=0,
         until_train_nll=None,
+        probes={},
         data_seed=0,
         seed=0,
         lr=1e-3,

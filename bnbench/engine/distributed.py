@@ -169,8 +169,10 @@ def backend_of(device: str) -> str:
     return "nccl" if device == "cuda" else "gloo"
 
 
-def trainer_for(trial: Trial, device: str, timeout: float = TIMEOUT) -> L.Trainer:
-    """The Trainer of a row on "cuda" or "cpu", with nothing in it that would cost time.
+def trainer_for(
+    trial: Trial, device: str, timeout: float = TIMEOUT, callbacks: Sequence[L.Callback] = ()
+) -> L.Trainer:
+    """The Trainer of a row on "cuda" or "cpu", with nothing in it that would cost time but these callbacks.
 
     Callbacks that other installed packages offer to every Trainer stay out: they could change what a row
     trains, and to look for them takes longer than a small row's evaluation.
@@ -189,6 +191,7 @@ def trainer_for(trial: Trial, device: str, timeout: float = TIMEOUT) -> L.Traine
             enable_model_summary=False,
             num_sanity_val_steps=0,
             plugins=[cluster_environment()],
+            callbacks=list(callbacks),
         )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from bnbench.data import augmentation, seed_of, shape_of
 from bnbench.engine.distributed import launcher
 from bnbench.lit import check_model
 from bnbench.norms import normalization_batch_size
+from bnbench.probes.base import Probe, build_probe
 from bnbench.registry import BadInput
 from bnbench.study.trial import Trial
 
@@ -42,8 +44,17 @@ def _check_shape(text: str) -> None:
     arguments = module_arguments(trial)
     check_model(arguments.pop("model"), arguments.pop("norm"), **arguments)
     augmentation(trial.augment, tuple(arguments["in_shape"]))
+    probes_of(trial)
     normalized_together(trial)
     normalized_together(trial.replace(norm_options={**trial.norm_options, **trial.last_norm_options}))
+
+
+def probes_of(trial: Trial) -> list[Probe]:
+    """The probes of a row. Raises BadInput for unknown names, options and values."""
+    for name, options in trial.probes.items():
+        if not isinstance(options, Mapping):
+            raise BadInput(f"probes: the options of {name!r} must be a mapping such as {{}}, not {options!r}")
+    return [build_probe(name, **options) for name, options in trial.probes.items()]
 
 
 def normalized_together(trial: Trial) -> int | None:

@@ -43,7 +43,14 @@ from bnbench.engine.evaluate import (
 )
 from bnbench.engine.provenance import provenance
 from bnbench.engine.ranks import RankFailed, run_ranks
-from bnbench.engine.rows import check_trial, curve_steps, look_steps, module_arguments, normalized_together
+from bnbench.engine.rows import (
+    check_trial,
+    curve_steps,
+    look_steps,
+    module_arguments,
+    normalized_together,
+    probes_of,
+)
 from bnbench.norms.recalibrate import has_moments, precise_statistics
 from bnbench.registry import BadInput
 from bnbench.study.table import Result, Status
@@ -124,7 +131,8 @@ def train(
         status, reason = "failed", traceback.format_exc()
     metrics["time/total_s"] = time.perf_counter() - clock
     metrics["memory/peak_mib"] = _peak_memory(place.device)
-    return Result(status, metrics, curve, reason, _where(trial, place, started))
+    traces = {name: probe.trace for name, probe in run.probes.items()} if run is not None else {}
+    return Result(status, metrics, curve, reason, _where(trial, place, started), traces=traces)
 
 
 def _train_in_ranks(
@@ -182,7 +190,8 @@ class _Run:
     ) -> None:
         check_trial(trial)
         self.trial, self.place = trial, place
-        self.trainer = trainer_for(trial, place.device, timeout)
+        self.probes = {probe.name: probe for probe in probes_of(trial)}
+        self.trainer = trainer_for(trial, place.device, timeout, list(self.probes.values()))
         self.group = join_group(self.trainer, trial)
         #: All ranks compute the same; one of them writes.
         self.writes = self.group.rank == 0
@@ -207,12 +216,16 @@ class _Run:
             self.module.double()
         if len(self.split.in_shape) == 3:
             self.module.to(memory_format=torch.channels_last)
+        self.module.held_out = self.arrays(self.split.val) if self.probes else None
         self.module.to(place.device)
         self.model = self.module.model
         self.optimizer = self.module.prepare()
         self.drawn = curve_steps(trial.steps, trial.curve_points)
         self.looks = look_steps(trial)
+        self.probed = {step for probe in self.probes.values() for step in probe.due_steps(trial.steps)}
         self.progress = Progress()
+        #: The losses of the block so far, which a probe may split.
+        self.block_losses: list[float] = []
         self.clock = time.perf_counter()
 
     def arrays(self, arrays: Arrays) -> Arrays:
@@ -233,12 +246,15 @@ class _Run:
         self.progress = self.group.tell(self.progress)
         if self.progress.step:
             self.group.follow_first(changing_tensors(self.model, self.optimizer))
+            for name, state in self.progress.probes.items():
+                self.probes[name].load_state_dict(state)
             self.module.bring_up_to_date(self.progress.step)
         for at in range(len(self.progress.curve.get("step", ()))):
             self.show(at)
         stop = self.progress.step if self.progress.reached else self.trial.steps
         cuts = sorted({*self.drawn, *self.looks})
-        blocks = Blocks(self.progress.step, stop, cuts, self.has_ended)
+        blocks = Blocks(self.progress.step, stop, cuts, self.has_ended, self.probed)
+        self.edges = blocks.edges
         self.clock = time.perf_counter()
         devices = [torch.cuda.current_device()] if self.place.device == "cuda" else []
         with quiet_lightning(), torch.random.fork_rng(devices), self.checkpoint.during():
@@ -250,15 +266,22 @@ class _Run:
 
     def after_block(self, step: int) -> None:
         losses = self.module.last_losses
+        self.block_losses += losses
         self.progress.step = step
         self.progress.last_loss = ([self.progress.last_loss] + [x for x in losses if math.isfinite(x)])[-1]
-        self.progress.trained_s += time.perf_counter() - max(self.clock, self.module.began)
+        self.progress.trained_s += self.module.ended - max(self.clock, self.module.began)
         if not self.module.diverged:
             if step in self.looks:
                 self.look()
             if step in self.drawn or (self.drawn and self.progress.reached):
-                self.draw(step, sum(losses) / len(losses))
-            self.checkpoint.maybe_save(self.model, self.optimizer, self.progress)
+                self.draw(step, sum(self.block_losses) / len(self.block_losses))
+            if step in self.probed:
+                self.progress.probes = {name: probe.state_dict() for name, probe in self.probes.items()}
+        if step in self.edges:
+            # A training that goes on elsewhere would cut other blocks, and so average other losses.
+            if not self.module.diverged:
+                self.checkpoint.maybe_save(self.model, self.optimizer, self.progress)
+            self.block_losses = []
         self.clock = time.perf_counter()
 
     def look(self) -> None:

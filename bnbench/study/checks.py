@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from bnbench.registry import BadInput, nearest
 from bnbench.study.trial import Trial, check_fields, shown
 
-# What the design itself says: its grid, its replicates, and which rows read test data.
-_NOT_FOR_ARMS = ("lr", "seed", "data_seed", "score_on")
+# What the design itself says: its grid, its replicates, which rows read test data, and which are probed.
+_NOT_FOR_ARMS = ("lr", "seed", "data_seed", "score_on", "probes")
 _SIGNS = " _.-+=,%·×"
 
 T = TypeVar("T")

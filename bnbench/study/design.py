@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from bnbench.registry import BadInput
@@ -126,11 +126,15 @@ class Design:
     batch: int = 8
     searches: int = 3
     timing_steps: int = 0
+    probes: Mapping[str, Any] = field(default_factory=dict)
+    probed: int | None = None
     smoke: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.base, Trial):
             raise BadInput(f"base must be a Trial, not {shown(self.base)}")
+        if self.base.probes:
+            raise BadInput("base has probes; confirmed rows alone are probed, so give `probes` to the design")
         if self.base.score_on != "val":
             raise BadInput(
                 "base reads test data; the design itself says which rows do, so leave score_on out"
@@ -149,6 +153,9 @@ class Design:
         checks.check_whole("replicates", self.replicates, least=1)
         checks.check_whole("curve_points", self.curve_points, least=0)
         checks.check_whole("timing_steps", self.timing_steps, least=0)
+        object.__setattr__(self, "probes", self.base.replace(probes=self.probes).probes)
+        if self.probed is not None:
+            checks.check_whole("probed, the replicates with probes,", self.probed, least=1)
         if not isinstance(self.smoke, bool):
             raise BadInput(f"smoke must be True or False, not {shown(self.smoke)}")
         self._check_searches()
@@ -199,11 +206,15 @@ class Design:
     def trial(self, cell: Cell, arm: Arm, replicate: int, **point: Any) -> Trial:
         """The row of an arm in a cell, with the replicate's data and seed."""
         row = self.base.replace(**{**cell.changes, **arm.changes, **point, **self.seeds(replicate)})
-        return smoke.smallest(row) if self.smoke else row
+        return smoke.smallest(row, self.probes) if self.smoke else row
 
     def seeds(self, replicate: int) -> dict[str, int]:
         """The seeds of a replicate: the base's, plus its number."""
         return {"data_seed": self.base.data_seed + replicate, "seed": self.base.seed + replicate}
+
+    def probes_of(self, replicate: int) -> Mapping[str, Any]:
+        """The probes of a replicate's confirmed rows."""
+        return self.probes if self.probed is None or replicate < self.probed else {}
 
     def cell(self, name: str) -> Cell:
         """The cell of this name."""

@@ -126,7 +126,8 @@ def confirmed_at(
 def confirmation(design: Design, chosen: Trial, replicate: int) -> Trial:
     """The row that reads test data with a chosen setting."""
     seeds = design.seeds(replicate)
-    return chosen.replace(score_on="test", curve_points=design.curve_points, **seeds)
+    probes = design.probes_of(replicate)
+    return chosen.replace(score_on="test", curve_points=design.curve_points, probes=probes, **seeds)
 
 
 def timed_at(design: Design, cell: Cell, replicate: int, chosen: Mapping[str, Trial | None]) -> list[Wanted]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from bnbench.registry import BadInput
 from bnbench.study.space import Space, fields_of
@@ -18,17 +18,20 @@ CURVE_POINTS = 1
 _DECIDED = ("steps", "batch_size", "n_train", "n_eval", "data_options")
 
 
-def smallest(trial: Trial) -> Trial:
-    """The row for two steps of the smallest batch that its norms take, on no more data than that.
+def smallest(trial: Trial, probes: Iterable[str] = ()) -> Trial:
+    """The row for two steps of the smallest batch that its norms take, on no more data than they need.
 
-    Data that would have to be downloaded are made up. Raises BadInput for unknown data.
+    Probes may need several batches of data. Data that would have to be downloaded are made up. Raises
+    BadInput for unknown data.
     """
     # Brings torch.
     from bnbench.data import DATASETS
+    from bnbench.probes import PROBES
 
     row = trial.replace(steps=STEPS, batch_size=_smallest_batch(trial))
     options = {**trial.data_options, **DATASETS[trial.data].offline}
-    changes = {"n_train": row.global_batch, "n_eval": EVALUATED, "data_options": options}
+    batches = max((PROBES[name].probe.batches for name in probes), default=1)
+    changes = {"n_train": batches * row.global_batch, "n_eval": EVALUATED, "data_options": options}
     for name in ("norm_options", "last_norm_options"):
         given = getattr(trial, name)
         if "reference_size" in given:

@@ -201,6 +201,7 @@ class Study:
             "tuning": design.tuning,
             "curve_points": design.curve_points,
             **({"timing_steps": design.timing_steps} if design.timing_steps else {}),
+            **({"probes": dict(design.probes), "probed": design.probed} if design.probes else {}),
             **define_searches(design),
             "cells": {
                 cell.name: {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bnbench.probes import Trace
 from bnbench.study.trial import Trial
 
 Status = Literal["done", "diverged", "failed"]
@@ -20,12 +22,14 @@ class Result:
     """What one training gave.
 
     `metrics` are numbers by name (`val/acc`, `test/loss`, ...); `curve` holds equally long series, the
-    optimizer step among them (`step`); `provenance` says where and when, and is never compared.
+    optimizer step among them (`step`); `traces` are what probes measured, by the name of the probe;
+    `provenance` says where and when, and is never compared.
     """
 
     status: Status
     metrics: Mapping[str, float] = field(default_factory=dict)
     curve: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    traces: Mapping[str, Trace] = field(default_factory=dict, kw_only=True)
     reason: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -38,6 +42,27 @@ class Result:
     def measured(self) -> dict[str, float]:
         """The metrics that a repetition must reproduce to the bit: all but times and memory."""
         return {k: v for k, v in self.metrics.items() if not k.startswith(("time/", "memory/"))}
+
+    def has_same_numbers(self, other: Result) -> bool:
+        """Whether two trainings of a row gave the same to the bit: what is measured, curve and traces.
+
+        A NaN equals itself.
+        """
+        return self._numbers() == other._numbers()
+
+    def _numbers(self) -> str:
+        # As text, where a NaN equals itself and -0.0 is not 0.0.
+        curve = {name: list(series) for name, series in self.curve.items()}
+        return json.dumps([self.measured(), curve, self.plain_traces()], sort_keys=True)
+
+    def plain_traces(self) -> dict[str, Any]:
+        """The traces as plain values for JSON."""
+        return {probe: trace.to_json() for probe, trace in self.traces.items()}
+
+
+def read_traces(found: Mapping[str, Any]) -> dict[str, Trace]:
+    """The traces that :meth:`Result.plain_traces` gave."""
+    return {probe: Trace.from_json(trace) for probe, trace in found.items()}
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,11 @@ class Trial:
 
     `last_norm_options` are changes to `norm_options` for the norm of the last hidden layer alone.
     `logit_scale` multiplies the logits. `gamma_decay` is an L2 penalty on the scales of norms, beside what
-    `decay_norm` gives them. `repeat` counts trainings of one row that differ in their random numbers alone:
-    one that is not 0 joins the seed of the training. With `alone` a study trains nothing beside the row, so
-    that its `time/step_ms` is that of an idle machine.
+    `decay_norm` gives them. `probes` maps names of probes to their options,
+    `{"gradient_flow": {"steps": [0, 100]}}`: they measure on the way and change nothing. `repeat` counts
+    trainings of one row that differ in their random numbers alone: one that is not 0 joins the seed of the
+    training. With `alone` a study trains nothing beside the row, so that its `time/step_ms` is that of an
+    idle machine.
     """
 
     data: str = "mnist1d"
@@ -92,6 +94,7 @@ class Trial:
     repeat: int = 0
     score_on: str = "val"
     curve_points: int = 0
+    probes: Mapping[str, Any] = field(default_factory=dict)
     recalibration: str = "none"
     alone: bool = False
     devices: int = 1

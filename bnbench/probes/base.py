@@ -1,0 +1,438 @@
+"""What every probe shares: the registry, the callback with its schedule, and passes that leave no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import random
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, ParamSpec, TypeVar, cast
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from bnbench.norms.base import check_options
+from bnbench.probes.trace import Reading, Trace, trace_of
+from bnbench.registry import BadInput, Registry, nearest
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+LINEAR_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: A run spends at most this share of its steps on a probe at its default schedule.
+DEFAULT_SHARE = 0.05
+
+#: What a module's own code may set on the way and is put back. Others, such as hooks, are not a module's.
+_PLAIN = (bool, int, float, str, type(None))
+#: The models that are being left untouched at this moment.
+_guarded: ContextVar[frozenset[int]] = ContextVar("guarded", default=frozenset())
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_Probe = TypeVar("_Probe", bound="type[Probe]")
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[nn.Module]:
+    """Leave a model and all random numbers as they were: whatever happens inside is undone.
+
+    Put back are the values of parameters and buffers, the modes and other plain attributes of every module,
+    and the random states of Python, NumPy and torch. Inside, gradients are enabled, autocast is off, and
+    compiled modules run eagerly, so that hooks see every layer.
+    """
+    tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    device = tensors[0][0].device if tensors else torch.device("cpu")
+    guarded = _guarded.set(_guarded.get() | {id(model)})
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with (
+            same_draws(),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield model
+    finally:
+        _guarded.reset(guarded)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        with torch.no_grad():
+            for tensor, value in tensors:
+                # What was not written to need not be written back, and keeps its version for autograd.
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+        for module, kept in buffers:
+            module._buffers.update(kept)
+        for now, before in attributes:
+            for name in now.keys() - before.keys():
+                del now[name]
+            now.update((name, value) for name, value in before.items() if isinstance(value, _PLAIN))
+
+
+def leaving_no_trace(measure: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function of a model, its first argument: it runs :func:`untouched`, or its caller does."""
+
+    @functools.wraps(measure)
+    def measured(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        model = cast(nn.Module, args[0])
+        with contextlib.nullcontext() if id(model) in _guarded.get() else untouched(model):
+            return measure(*args, **kwargs)
+
+    return measured
+
+
+def train_mode(model: nn.Module) -> None:
+    """Batch statistics and dropout, as in training; layers that their owner froze stay so.
+
+    A model that is in training mode is as its owner wants it. Another one is put there.
+    """
+    if not model.training:
+        model.train()
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Draw the same random numbers in every such block: the random state is put back at its end."""
+    # Asking a card that nobody uses for its random state would start it.
+    cards = range(torch.cuda.device_count()) if torch.cuda.memory_allocated() else []
+    with torch.random.fork_rng(cards):
+        yield
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    """The output for a batch, as the model computes it in a training step.
+
+    A module of ours whose norms take a reference batch has its own way for that, `run_training_batch`.
+    """
+    own = getattr(model, "run_training_batch", None)
+    output = own(x) if own is not None and model.training else model(x)
+    if not isinstance(output, Tensor):
+        raise BadInput(f"{type(model).__name__} gives a {type(output).__name__}; probes need one tensor")
+    return output
+
+
+def loss_of(model: nn.Module, loss: Loss | None) -> Loss:
+    """The loss asked for, else the model's own method `loss(output, y)`, else cross-entropy in nats."""
+    own = getattr(model, "loss", None)
+    return loss or (own if callable(own) else F.cross_entropy)
+
+
+def weights_of(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are learned. Raises BadInput where there are none."""
+    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not found:
+        raise BadInput(f"{type(model).__name__} learns nothing: all its parameters are frozen")
+    return found
+
+
+def gradients_at(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, list[Tensor]]:
+    """The loss of a batch and its gradients with respect to :func:`weights_of`, unused ones as zeros."""
+    value = loss(run(model, x), y)
+    gradients = torch.autograd.grad(value, weights_of(model), materialize_grads=True)
+    return value.detach(), list(gradients)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear map or convolution that ran: its name, its input h and its output a = W h + b."""
+
+    name: str
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+
+
+def run_and_watch(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Layer]]:
+    """The output for a batch, and the linear maps and convolutions in the order in which they first ran.
+
+    The last of them is the output layer. Inputs and outputs are part of the graph of the output.
+    """
+    seen: list[Layer] = []
+
+    def keep(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        if all(layer.module is not module for layer in seen):
+            seen.append(Layer(name, module, inputs[0], output))
+        # A copy goes on, so that an activation in place does not change what is kept.
+        return output.clone()
+
+    hooks = [
+        module.register_forward_hook(functools.partial(keep, name))
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR_MAPS)
+    ]
+    try:
+        output = run(model, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not seen:
+        raise BadInput(f"{type(model).__name__} has no linear map or convolution that a probe could watch")
+    return output, seen
+
+
+def norm_of(tensors: Sequence[Tensor]) -> float:
+    """The l2 norm of all numbers of some tensors together, in float64: small gradients do not underflow."""
+    return math.sqrt(math.fsum(tensor.detach().double().square().sum().item() for tensor in tensors))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a probe measures: after `step` optimizer steps, with this learning rate and batch of one device.
+
+    `held_out` is a batch of validation data, where there is one.
+    """
+
+    step: int
+    lr: float
+    batch_size: int
+    held_out: tuple[Tensor, Tensor] | None = None
+
+
+class Probe(L.Callback):
+    """Measures a network in training, on a fixed sample of its training data, and changes nothing.
+
+    It works with any LightningModule whose `forward` gives one tensor and whose training batches are pairs
+    (x, y). The loss is `loss`, else the module's method `loss(output, y)`, else cross-entropy. The sample is
+    `batch`, else the first `samples` of the training data (by default so many as a reading needs, a multiple
+    of the training batch), as they come without shuffling; of a data set without an index the first batch.
+
+    Readings are taken after each of `steps` optimizer steps, or every `every` steps, 0 among them; by
+    default so seldom that a run spends at most 5 % of its steps on them. `trace` has them all, and the single
+    numbers go to the Trainer's loggers as `probe/<name>/<value>`.
+
+    Readings are made in the precision of the weights, with autocast off. Under DDP all processes take part,
+    with the same sample, and the first one keeps the readings. Raises BadInput for a schedule that cannot
+    be, for strategies that split the parameters of a module (FSDP, DeepSpeed), and where there is no sample.
+    """
+
+    name: ClassVar[str]
+    #: What a reading costs, in training steps; the default schedule follows from it.
+    passes: ClassVar[float]
+    #: A reading needs this many training batches of samples.
+    batches: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        *,
+        every: int | None = None,
+        steps: Sequence[int] | None = None,
+        samples: int | None = None,
+        batch: tuple[Tensor, Tensor] | None = None,
+        loss: Loss | None = None,
+    ) -> None:
+        if every is not None and steps is not None:
+            raise BadInput(f"probe {self.name!r} takes `every` or `steps`, not both")
+        if every is not None and every < 1:
+            raise BadInput(f"probe {self.name!r}: every must be 1 or more, not {every!r}")
+        if steps is not None and (not steps or any(not isinstance(s, int) or s < 0 for s in steps)):
+            raise BadInput(f"probe {self.name!r}: steps must be whole numbers of 0 or more, not {steps!r}")
+        if samples is not None and samples < 1:
+            raise BadInput(f"probe {self.name!r}: samples must be 1 or more, not {samples!r}")
+        self.every = every or math.ceil(2 * self.passes / DEFAULT_SHARE)
+        self.steps = None if steps is None else tuple(sorted(steps))
+        self.samples = samples
+        self.given_loss = loss
+        self.readings: dict[int, Reading] = {}
+        self._sample = batch
+        self._held_out: tuple[Tensor, Tensor] | None = None
+        self._seen = -1
+
+    @abstractmethod
+    def measure(self, model: nn.Module, x: Tensor, y: Tensor, moment: Moment) -> Reading:
+        """Measure on a batch; called where everything is put back afterwards (:func:`untouched`)."""
+
+    @property
+    def trace(self) -> Trace:
+        """All readings so far."""
+        return trace_of(self.readings)
+
+    def due_steps(self, steps: int) -> list[int]:
+        """The steps of a run of so many after which a reading is due; 0 is before the first."""
+        due = range(0, steps + 1, self.every) if self.steps is None else self.steps
+        return [step for step in due if step <= steps]
+
+    def samples_for(self, batch_size: int) -> int:
+        """How many samples a reading takes beside training batches of that size."""
+        return self.samples or self.batches * batch_size
+
+    def _is_due(self, step: int) -> bool:
+        if self.steps is None:
+            return step // self.every > self._seen // self.every
+        return any(self._seen < due <= step for due in self.steps)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse strategies under which no process has the whole module."""
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise BadInput(
+                f"probe {self.name!r} needs the whole module on each device, and"
+                f" {type(trainer.strategy).__name__} splits it; use one device or ddp"
+            )
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any
+    ) -> None:
+        """Keep the first validation batch."""
+        if self._held_out is None and _is_pair(batch):
+            self._held_out = (batch[0].detach().clone(), batch[1].detach().clone())
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Find the sample, and take the reading before the first step."""
+        if self._sample is None:
+            self._sample = self._find_sample(trainer, pl_module, batch)
+        if self._seen < 0:
+            self._look(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take a reading where one is due."""
+        self._look(trainer, pl_module)
+
+    def _look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        step = trainer.global_step
+        if not self._is_due(step):
+            return
+        self._seen = step
+        assert self._sample is not None
+        x, y = (part.to(module.device) for part in self._sample)
+        if x.is_floating_point():
+            x = x.to(cast(torch.dtype, module.dtype))
+        held_out = self._held_out or _ask(module, "held_out_batch", len(x))
+        moment = Moment(
+            step, _learning_rate(trainer, module, step), _batch_size(trainer, module, x), held_out
+        )
+        with untouched(module):
+            # Norms that follow the training, or keep a reference, are as they would be in an evaluation.
+            _ask(module, "bring_up_to_date", step)
+            reading = self.measure(module, x, y, moment)
+        if not trainer.is_global_zero:
+            return
+        self.readings[step] = reading
+        for logger in trainer.loggers:
+            logger.log_metrics({f"probe/{self.name}/{k}": v for k, v in reading.values.items()}, step)
+
+    def _find_sample(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any
+    ) -> tuple[Tensor, Tensor]:
+        own: Any = getattr(module, "probe_batch", None)
+        if own is not None:
+            return cast(tuple[Tensor, Tensor], own(self.samples_for(module.global_batch)))  # type: ignore[arg-type]
+        if not _is_pair(batch):
+            raise BadInput(
+                f"probe {self.name!r} needs training batches (x, y) of tensors; give it one as batch=(x, y)"
+            )
+        found = _first_of(trainer.train_dataloader, self.samples_for(len(batch[0])))
+        x, y = found if found is not None and _is_pair(found) else batch
+        return x.detach().clone(), y.detach().clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training goes on with."""
+        return {"seen": self._seen, "sample": self._sample, "trace": self.trace.to_json()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a training was."""
+        self._seen, self._sample = state_dict["seen"], state_dict["sample"]
+        trace = Trace.from_json(state_dict["trace"])
+        self.readings = {step: trace.at(step) for step in trace.steps}
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(b, Tensor) for b in batch)
+
+
+def _ask(module: nn.Module, method: str, *arguments: Any) -> Any:
+    own = getattr(module, method, None)
+    return None if own is None else own(*arguments)
+
+
+def _learning_rate(trainer: L.Trainer, module: L.LightningModule, step: int) -> float:
+    own = _ask(module, "learning_rate_at", step)
+    if own is None and trainer.optimizers:
+        own = trainer.optimizers[0].param_groups[0]["lr"]
+    return math.nan if own is None else float(own)
+
+
+def _batch_size(trainer: L.Trainer, module: L.LightningModule, x: Tensor) -> int:
+    together = getattr(module, "global_batch", None)
+    if isinstance(together, int):
+        return together // trainer.world_size
+    own = getattr(trainer.train_dataloader, "batch_size", None)
+    return own if isinstance(own, int) else len(x)
+
+
+def _first_of(loader: Any, samples: int) -> Any:
+    """The first samples of a loader's data set, or None where it has no index."""
+    if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__getitem__"):
+        return None
+    data = loader.dataset
+    with same_draws():
+        rows = [data[place] for place in range(min(samples, len(cast(Any, data))))]
+        return loader.collate_fn(rows)
+
+
+@dataclass(frozen=True)
+class ProbeEntry:
+    """A probe of the registry: its callback, the paper, and the options that it alone has, with defaults."""
+
+    name: str
+    probe: type[Probe]
+    paper: str
+    options: Mapping[str, Any]
+
+
+PROBES: Registry[ProbeEntry] = Registry("probe", "bnbench.probes")
+
+
+def probe(name: str, *, passes: float, batches: int = 1, paper: str = "") -> Callable[[_Probe], _Probe]:
+    """Register a subclass of :class:`Probe`.
+
+    `passes` is what a reading costs, in training steps on a batch; `batches` how many training batches of
+    samples it needs.
+    """
+
+    def register(cls: _Probe) -> _Probe:
+        cls.name, cls.passes, cls.batches = name, passes, batches
+        PROBES.add(name, ProbeEntry(name, cls, paper, _own_options(cls)))
+        return cls
+
+    return register
+
+
+def _own_options(cls: type[Probe]) -> dict[str, Any]:
+    shared = inspect.signature(Probe.__init__).parameters
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in shared}
+
+
+def build_probe(name: str, **options: Any) -> Probe:
+    """Build a registered probe from plain options. Raises BadInput for unknown names, options and values."""
+    entry = PROBES[name]
+    shared = list(inspect.signature(_schedule).parameters)
+    for option in options:
+        if option not in shared and option not in entry.options:
+            known = [*shared, *entry.options]
+            raise BadInput(f"probe {name!r} has no option {option!r}{nearest(option, known)}")
+    check_options(f"probe {name!r}", _schedule, {k: v for k, v in options.items() if k in shared})
+    check_options(f"probe {name!r}", entry.probe, {k: v for k, v in options.items() if k not in shared})
+    return entry.probe(**options)
+
+
+def _schedule(
+    *,
+    every: int | None = None,
+    steps: list | tuple | None = None,  # type: ignore[type-arg]
+    samples: int | None = None,
+) -> None:
+    """The plain options that every probe has."""
