@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bnbench.registry import BadInput
-from bnbench.study.table import Result
+from bnbench.study.table import Result, read_traces
 from bnbench.study.trial import ROW_VERSION, Trial, trial_from
 
 _COLUMNS = ("key", "row_version", "status", "reason", "trial", "curve", "provenance")
@@ -29,6 +29,7 @@ def write_rows(path: Path, rows: Iterable[tuple[Trial, Result]]) -> int:
             "trial": json.dumps(trial.changed()),
             "curve": json.dumps({name: list(series) for name, series in result.curve.items()}),
             "provenance": json.dumps(dict(result.provenance)),
+            "traces": json.dumps(result.plain_traces()),
         }
         lines.append(line | {f"metric/{name}": float(value) for name, value in result.metrics.items()})
     names = list(dict.fromkeys([*_COLUMNS, *(name for line in lines for name in line)]))
@@ -72,7 +73,7 @@ def read_rows(path: Path) -> list[tuple[Trial, Result]]:
             trial, result = trial_from(json.loads(line["trial"]), where), _result(line)
         except BadInput:
             raise
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, KeyError):
             raise BadInput(f"{where} cannot be understood: the file was changed; {remedy}") from None
         if trial.key != line["key"]:
             raise BadInput(f"{where}: its content does not give its key: the file was changed; {remedy}")
@@ -81,7 +82,7 @@ def read_rows(path: Path) -> list[tuple[Trial, Result]]:
 
 
 def _result(line: dict[str, Any]) -> Result:
-    """The result of a line. Raises ValueError, TypeError or AttributeError where it is none."""
+    """The result of a line. Raises ValueError, TypeError, AttributeError or KeyError where it is none."""
     if line["status"] not in ("done", "diverged", "failed"):
         raise ValueError(line["status"])
     metrics = {
@@ -90,4 +91,12 @@ def _result(line: dict[str, Any]) -> Result:
         if name.startswith("metric/") and value is not None
     }
     curve = {name: tuple(series) for name, series in json.loads(line["curve"]).items()}
-    return Result(line["status"], metrics, curve, str(line["reason"]), dict(json.loads(line["provenance"])))
+    return Result(
+        line["status"],
+        metrics,
+        curve,
+        str(line["reason"]),
+        dict(json.loads(line["provenance"])),
+        # Files from before there were probes have no such column.
+        traces=read_traces(json.loads(line.get("traces", "{}"))),
+    )

@@ -16,14 +16,15 @@ from typing import Any, get_args
 
 from bnbench.registry import BadInput
 from bnbench.study.programs import Wanted, turns
-from bnbench.study.table import Entry, Result, Role, Status, Table
+from bnbench.study.table import Entry, Result, Role, Status, Table, read_traces
 from bnbench.study.trial import Trial, trial_from
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
     key TEXT PRIMARY KEY, trial TEXT NOT NULL, status TEXT NOT NULL, reason TEXT NOT NULL,
-    metrics TEXT NOT NULL, curve TEXT NOT NULL, provenance TEXT NOT NULL);
+    metrics TEXT NOT NULL, curve TEXT NOT NULL, provenance TEXT NOT NULL,
+    traces TEXT NOT NULL DEFAULT '{}');
 CREATE TABLE IF NOT EXISTS studies (
     hash TEXT PRIMARY KEY, name TEXT NOT NULL, preset TEXT NOT NULL, definition TEXT NOT NULL,
     registered REAL NOT NULL, verdicts TEXT NOT NULL DEFAULT '[]');
@@ -35,6 +36,12 @@ CREATE TABLE IF NOT EXISTS published (
     uri TEXT NOT NULL, item TEXT NOT NULL, run_id TEXT NOT NULL, content TEXT NOT NULL,
     PRIMARY KEY (uri, item));
 """
+#: What each version has more than the one before, the second first: the order of a search, and traces.
+_CHANGES = (
+    "ALTER TABLE members ADD COLUMN number INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE rows ADD COLUMN traces TEXT NOT NULL DEFAULT '{}'",
+)
+_RESULT = "status, reason, metrics, curve, provenance, traces"
 
 
 class Record:
@@ -68,27 +75,28 @@ class Record:
         (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if version == 0 and tables:
             raise BadInput(f"{self.path} is a database of another program; name another folder with --runs")
-        if version not in (0, 1, SCHEMA_VERSION):
+        if version not in range(SCHEMA_VERSION + 1):
             raise BadInput(
                 f"{self.path} has schema version {version}, this bnbench reads {SCHEMA_VERSION};"
                 " use the bnbench that wrote it, or another folder (--runs)"
             )
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
+        (fault,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+        if fault != "ok":
+            raise sqlite3.DatabaseError(f"malformed ({' '.join(fault.split())})")
         if version == 0:
             # In one transaction: who is killed in between leaves an empty file, not half a record.
             self._db.executescript(
                 f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
             )
-        if version == 1:
-            # Version 1 had no searches, whose rows have an order.
-            self._db.executescript(
-                "BEGIN IMMEDIATE; ALTER TABLE members ADD COLUMN number INTEGER NOT NULL DEFAULT 0;"
-                f" PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
-            )
-        (fault,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
-        if fault != "ok":
-            raise sqlite3.DatabaseError(f"malformed ({' '.join(fault.split())})")
+        elif version < SCHEMA_VERSION:
+            with self._transaction() as db:
+                # Read again: another process may have been first.
+                (version,) = db.execute("PRAGMA user_version").fetchone()
+                for change in _CHANGES[version - 1 :]:
+                    db.execute(change)
+                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -129,8 +137,8 @@ class Record:
         with self._explained():
             for start in range(0, len(wanted), 500):
                 part = wanted[start : start + 500]
-                select = "SELECT key, status, reason, metrics, curve, provenance FROM rows WHERE key IN "
-                for key, *columns in self._db.execute(f"{select}({','.join('?' * len(part))})", part):
+                select = f"SELECT key, {_RESULT} FROM rows WHERE key IN ({','.join('?' * len(part))})"
+                for key, *columns in self._db.execute(select, part):
                     found[key] = _result(columns)
         return found
 
@@ -144,13 +152,13 @@ class Record:
             for trial, result in rows:
                 old = self.recall([trial.key]).get(trial.key)
                 if old is not None and old.status != "failed":
-                    if result.status != "failed" and _numbers(old) != _numbers(result):
+                    if result.status != "failed" and not old.has_same_numbers(result):
                         faults.append(
                             f"row {trial.key} was measured twice with different numbers; the first is kept"
                         )
                     continue
                 db.execute(
-                    "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         trial.key,
                         json.dumps(trial.changed()),
@@ -159,6 +167,7 @@ class Record:
                         json.dumps(dict(result.metrics)),
                         json.dumps({k: list(v) for k, v in result.curve.items()}),
                         json.dumps(dict(result.provenance)),
+                        json.dumps(result.plain_traces()),
                     ),
                 )
         return faults
@@ -168,7 +177,7 @@ class Record:
         wanted = None if keys is None else set(keys)
         with self._explained():
             for key, text, *columns in self._db.execute(
-                "SELECT key, trial, status, reason, metrics, curve, provenance FROM rows ORDER BY rowid"
+                f"SELECT key, trial, {_RESULT} FROM rows ORDER BY rowid"
             ):
                 if wanted is None or key in wanted:
                     trial = trial_from(json.loads(text), f"row {key}")
@@ -229,7 +238,7 @@ class Record:
         entries = []
         with self._explained():
             for number, cell, arm, replicate, role, trial, *columns in self._db.execute(
-                "SELECT number, cell, arm, replicate, role, trial, status, reason, metrics, curve, provenance"
+                f"SELECT number, cell, arm, replicate, role, trial, {_RESULT}"
                 " FROM members JOIN rows USING (key) WHERE study = ?",
                 (study_hash,),
             ):
@@ -279,19 +288,15 @@ class Record:
 
 
 def _result(columns: list[str]) -> Result:
-    status, reason, metrics, curve, provenance = columns
+    status, reason, metrics, curve, provenance, traces = columns
     return Result(
         status=_status(status),
         reason=reason,
         metrics=json.loads(metrics),
         curve={k: tuple(v) for k, v in json.loads(curve).items()},
+        traces=read_traces(json.loads(traces)),
         provenance=json.loads(provenance),
     )
-
-
-def _numbers(result: Result) -> str:
-    """What a repetition must reproduce, as text: there a NaN equals itself."""
-    return json.dumps([result.measured(), {k: list(v) for k, v in result.curve.items()}], sort_keys=True)
 
 
 def _status(text: str) -> Status:

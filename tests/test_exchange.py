@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bnbench.exchange import read_rows, write_rows
+from bnbench.probes import Trace
 from bnbench.record import Record
 from bnbench.registry import BadInput
 from bnbench.study import Result, Trial
@@ -31,7 +33,30 @@ def exact(value: Any) -> str:
     return repr(value)
 
 
+def finite(traces: Mapping[str, Trace]) -> dict[str, Trace]:
+    """The traces with NaN for what is infinite, as they are kept."""
+
+    def kept(numbers: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(number if math.isfinite(number) else math.nan for number in numbers)
+
+    return {
+        probe: dataclasses.replace(
+            trace,
+            values={name: kept(row) for name, row in trace.values.items()},
+            series={name: tuple(map(kept, rows)) for name, rows in trace.series.items()},
+        )
+        for probe, trace in traces.items()
+    }
+
+
 numbers = st.floats(allow_nan=True, allow_infinity=True)
+values = st.dictionaries(st.sampled_from(["a", "b"]), st.lists(numbers, min_size=2, max_size=2).map(tuple))
+traces = st.builds(
+    lambda index, values, series: Trace("layer", index, (0, 7), values, {"x": (series[: len(index)],) * 2}),
+    st.lists(st.text(max_size=2) | st.floats(-9, 9), max_size=3).map(tuple),
+    values,
+    st.tuples(numbers, numbers, numbers),
+)
 results = st.builds(
     Result,
     st.sampled_from(["done", "diverged", "failed"]),
@@ -41,6 +66,7 @@ results = st.builds(
     st.dictionaries(st.sampled_from(["step", "val/acc"]), st.lists(numbers, max_size=3).map(tuple)),
     st.text(max_size=5).filter(lambda text: text.isprintable()),
     st.dictionaries(st.text("ab", max_size=2), st.none() | st.integers(0, 2**40) | st.text("xé", max_size=2)),
+    traces=st.dictionaries(st.sampled_from(["rank", "drift"]), traces, max_size=1),
 )
 
 
@@ -54,7 +80,7 @@ def test_rows_come_back_to_the_last_bit(tmp_path: Path, found: list[Result]) -> 
     assert [trial for trial, _ in back] == [trial for trial, _ in rows]
     for (_, old), (_, new) in zip(rows, back, strict=True):
         assert exact(dataclasses.replace(new, metrics=dict(sorted(new.metrics.items())))) == exact(
-            dataclasses.replace(old, metrics=dict(sorted(old.metrics.items())))
+            dataclasses.replace(old, metrics=dict(sorted(old.metrics.items())), traces=finite(old.traces))
         )
     assert [other.name for other in tmp_path.iterdir()] == ["rows.parquet"]
 
@@ -67,6 +93,13 @@ def test_a_record_goes_through_a_file(tmp_path: Path) -> None:
     assert list(two.rows()) == list(one.rows()) == ROWS
     one.close()
     two.close()
+
+
+def test_a_file_from_before_there_were_probes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    write_rows(path, ROWS)
+    pq.write_table(pq.read_table(path).drop_columns("traces"), path)
+    assert read_rows(path) == ROWS
 
 
 def doctored(path: Path, **columns: Any) -> Path:
@@ -87,6 +120,9 @@ def doctored(path: Path, **columns: Any) -> Path:
         ({"trial": None}, "cannot be understood"),
         ({"curve": "[]"}, "cannot be understood"),
         ({"provenance": "3"}, "cannot be understood"),
+        ({"traces": "[]"}, "cannot be understood"),
+        ({"traces": '{"rank": {"axis": "layer"}}'}, "cannot be understood"),
+        ({"traces": None}, "cannot be understood"),
         ({"status": "perfect"}, "cannot be understood"),
         ({"key": "0" * 16}, "its content does not give its key"),
         ({"row_version": 99}, "has rows of version 99, and this bnbench makes"),

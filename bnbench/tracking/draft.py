@@ -6,12 +6,13 @@ import json
 import math
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bnbench.probes import Trace
 from bnbench.registry import BadInput
 from bnbench.study.estimands import steps_to_target
 from bnbench.study.programs import TUNING_SEEDS
@@ -20,7 +21,9 @@ from bnbench.study.table import Entry
 from bnbench.study.trial import Trial
 from bnbench.tracking.live import Live, Place
 
-#: The metrics of a training that MLflow shows; its page gets slow with more. The others are in result.json.
+#: The most metrics of a run: MLflow's page gets slow with more.
+MOST_METRICS = 15
+#: The metrics of a training that MLflow shows. The others are in result.json.
 METRICS = (
     "train/loss",
     "train/acc",
@@ -152,7 +155,8 @@ def trial_params(trial: Trial, leave_out: Iterable[str] = ()) -> dict[str, str]:
 def training_draft(definition: Definition, entry: Entry, number: int = 0) -> Draft:
     """The run of one training, with its whole row in trial.json and all results in result.json.
 
-    `number` is the place of a point in its search.
+    What probes measured is in probes.json. Their values are metrics too, in their order, until the run has
+    `MOST_METRICS`; its note names the rest. `number` is the place of a point in its search.
     """
     start, end = span(entry)
     result, provenance = entry.result, entry.result.provenance
@@ -166,6 +170,9 @@ def training_draft(definition: Definition, entry: Entry, number: int = 0) -> Dra
     ]
     metrics = {**result.metrics, **_steps_to_target(definition, entry)}
     points += [Point(k, metrics[k], end, last) for k in METRICS if k in metrics]
+    room = MOST_METRICS - len({point.key for point in finite(points)})
+    probed = _probe_points(result.traces, lambda step: start + int(step * share))
+    points += [point for key in list(probed)[:room] for point in probed[key]]
     tags = {**place_tags(definition, entry, "training"), "bnbench.status": result.status}
     if is_point(definition, entry):
         tags["bnbench.trial"] = str(number)
@@ -182,8 +189,13 @@ def training_draft(definition: Definition, entry: Entry, number: int = 0) -> Dra
         "provenance": dict(provenance),
     }
     files = {"trial.json": as_json(entry.trial.as_dict()), "result.json": as_json(outcome)}
-    if result.status != "done":
-        tags["mlflow.note.content"] = f"{result.status}: {result.reason}"[:LONGEST_TAG]
+    notes = [f"{result.status}: {result.reason}"] if result.status != "done" else []
+    if result.traces:
+        files["probes.json"] = as_json(result.plain_traces())
+        if hidden := list(probed)[room:]:
+            notes.append(f"Only in probes.json: {', '.join(hidden)}")
+    if notes:
+        tags["mlflow.note.content"] = "\n\n".join(notes)[:LONGEST_TAG]
     if result.status == "failed":
         files["traceback.txt"] = str(provenance.get("traceback", result.reason))
     return Draft(
@@ -196,6 +208,19 @@ def training_draft(definition: Definition, entry: Entry, number: int = 0) -> Dra
         files=files,
         status="FAILED" if result.status == "failed" else "FINISHED",
     )
+
+
+def _probe_points(traces: Mapping[str, Trace], when: Callable[[int], int]) -> dict[str, tuple[Point, ...]]:
+    """The values of probes over the steps, by metric; those without a finite number are left out."""
+    found = {}
+    for probe, trace in traces.items():
+        for name, numbers in trace.values.items():
+            key = f"probe/{probe}/{name}"
+            readings = zip(trace.steps, numbers, strict=False)
+            points = finite(Point(key, number, when(step), step) for step, number in readings)
+            if points:
+                found[key] = points
+    return found
 
 
 def _steps_to_target(definition: Definition, entry: Entry) -> dict[str, float]:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from bnbench.record import Record
 from bnbench.tracking.draft import (
+    CURVES,
     Definition,
     Draft,
     Point,
@@ -241,7 +242,7 @@ class Session:
         if run is None:
             run = self._create(definition, item.name, item.experiment, item.parent, draft)
         # What was shown live is there already, at the times at which it was measured.
-        points = tuple(point for point in draft.points if point.step > last or point.time == draft.end)
+        points = tuple(p for p in draft.points if p.key not in CURVES or p.step > last or p.time == draft.end)
         self._log(run, points, draft.params, {} if new else draft.tags)
         self._attach(run, draft)
         self._client.set_terminated(run, draft.status, draft.end)
