@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+
+from bnbench import NormClassifier
+from bnbench.probes import Moment, Trace, build_probe
 from bnbench.study import Arm, Cell, Design, Entry, Hypothesis, Result, Study, Trial
 from bnbench.study.estimands import accuracy_difference
 from bnbench.study.programs import Program, Wanted
@@ -54,7 +59,23 @@ def invented(trial: Trial) -> Result:
     loss |= {f"{name}_{kind}": value for name, value in loss.items() for kind in ("precise", "calibrated")}
     metrics = {"chance": 0.1, "test/gap": 0.2, "test/gap_calibrated": 0.2 + luck, "norm/gamma": 0.5 + luck}
     metrics |= {"time/total_s": luck, "time/step_ms": 1 + luck, **loss, **accuracy}
-    return Result("done", metrics, curve if trial.curve_points else {}, provenance={"host": "h"})
+    traces = {name: invented_trace(name, trial, luck) for name in trial.probes}
+    return Result("done", metrics, curve if trial.curve_points else {}, provenance={"host": "h"}, traces=traces)
+
+
+def invented_trace(name: str, trial: Trial, luck: float) -> Trace:
+    """What a probe might measure: its own names of values, at the steps that the row asks for."""
+    steps = build_probe(name, **trial.probes[name]).due_steps(trial.steps)
+    values = {value: tuple(0.1 + luck / (1 + step) for step in steps) for value in names_of_values(name)}
+    return Trace(steps=tuple(steps), values=values)
+
+
+@functools.cache
+def names_of_values(name: str) -> tuple[str, ...]:
+    """The names of the values that a probe measures, from a small network."""
+    model = NormClassifier("mlp", in_shape=(4,), num_classes=3, model_options={"depth": 4, "width": 8})
+    x, y = torch.randn(64, 4), torch.arange(64) % 3
+    return tuple(build_probe(name, samples=64).measure(model, x, y, Moment(0, 0.1, 8, (x, y))).values)
 
 
 def drive(

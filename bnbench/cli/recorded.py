@@ -237,9 +237,7 @@ def print_rerun(what: str, check: bool, gpus: str, runs: Path, data: Path, uri: 
         table.add_column(title)
     then: Mapping[str, float] = before.measured() if before is not None else {}
     measured = now.measured()
-    same = (
-        before is not None and (before.status, before.curve) == (now.status, now.curve) and then == measured
-    )
+    same = before is not None and before.status == now.status and before.has_same_numbers(now)
     for name, value in measured.items():
         old = then.get(name)
         gap = "not recorded" if old is None else "equal" if old == value else f"{value - old:+.3g}"
@@ -252,6 +250,10 @@ def print_rerun(what: str, check: bool, gpus: str, runs: Path, data: Path, uri: 
         return 1 if check else 0
     console.print("equal to the bit" if same else "the numbers differ")
     if not same:
+        old_traces, new_traces = before.plain_traces(), now.plain_traces()
+        for name in sorted({*old_traces, *new_traces}):
+            if old_traces.get(name) != new_traces.get(name):
+                console.print(f"  the trace of {name} differs", highlight=False)
         changed = {k: (before.provenance.get(k), v) for k, v in now.provenance.items() if k in _COMPARED}
         for name, (old, new) in changed.items():
             if old != new:

@@ -60,6 +60,9 @@ _REFERENCE = {
     "resnet20": (8.9e-3, 12.3e-3),
 }
 _REFERENCE_DEPTH = {"mlp": 4, "cnn": 3}
+_REFERENCE_WIDTH = {"mlp": ("width", 128), "cnn": ("channels", 16)}
+#: A step costs as the width to this power (measured at widths 64 to 256 and batches of 64 to 512).
+_WIDTH_POWER = 0.75
 _OTHER_MODEL = (2e-3, 2e-3)
 _BESIDE = 0.045
 #: What several processes add: to a step, to one with synchronized statistics, and to the rest.
@@ -72,6 +75,8 @@ def reference_cost(trial: Trial) -> Cost:
     step = (plain if trial.norm == "none" else normalized) * (1 + trial.batch_size / 64) / 2
     if usual := _REFERENCE_DEPTH.get(trial.model):
         step *= trial.model_options.get("depth", usual) / usual
+        option, width = _REFERENCE_WIDTH[trial.model]
+        step *= (trial.model_options.get(option, width) / width) ** _WIDTH_POWER
     if trial.world_size == 1:
         return Cost(step, _BESIDE)
     joined = _SYNCHRONIZED if trial.norm == "sync_batch" else _JOINED

@@ -308,7 +308,8 @@ class Probe(L.Callback):
         assert self._sample is not None
         x, y = (part.to(module.device) for part in self._sample)
         if x.is_floating_point():
-            x = x.to(cast(torch.dtype, module.dtype))
+            # The module's own dtype is not that of a part of it that was made double.
+            x = x.to(next((p.dtype for p in module.parameters() if p.is_floating_point()), x.dtype))
         held_out = self._held_out or _ask(module, "held_out_batch", len(x))
         moment = Moment(
             step, _learning_rate(trainer, module, step), _batch_size(trainer, module, x), held_out

@@ -39,7 +39,7 @@ def measure_covariate_shift(
     *,
     lr: float,
     layers: int | None = 3,
-    relative_step: float = 0.01,
+    relative_step: float = 0.001,
     loss: Loss | None = None,
 ) -> Reading:
     """How much the gradient of a layer's weights changes when all that is below the layer takes a step.
@@ -158,11 +158,11 @@ def _compare(before: Tensor, after: Tensor) -> list[float]:
     return torch.stack((difference, relative, cosine)).tolist()
 
 
-@probe("covariate_shift", passes=9, paper="arXiv:1805.11604")
+@probe("covariate_shift", passes=10, paper="arXiv:1805.11604")
 class CovariateShift(Probe):
     """Internal covariate shift with the learning rate of the moment; see :func:`measure_covariate_shift`."""
 
-    def __init__(self, *, layers: int | None = 3, relative_step: float = 0.01, **schedule: Any) -> None:
+    def __init__(self, *, layers: int | None = 3, relative_step: float = 0.001, **schedule: Any) -> None:
         super().__init__(**schedule)
         _check(layers, relative_step)
         self.layers = layers

@@ -22,7 +22,7 @@ KEPT_VALUES = 512
 class Activations(TypedDict):
     """The units of one layer on a batch: `mean` and `sd` (units,), and values in order (units, at most 512).
 
-    sd is biased, and exactly 0 where a unit is constant. A plain dictionary, so that checkpoints can have it.
+    sd is biased. A plain dictionary, so that checkpoints can have it.
     """
 
     mean: Tensor
@@ -56,16 +56,13 @@ def _summarize(module: nn.Module, activations: Tensor) -> Activations:
     units_last = activations if isinstance(module, nn.Linear) else activations.movedim(1, -1)
     values = widen(units_last.flatten(0, -2).T)
     variance, mean = torch.var_mean(values, 1, correction=0)
-    # The mean of equal numbers is rounded, so that their variance need not be 0.
-    lowest, highest = values.aminmax(dim=1)
-    sd = variance.sqrt().where(lowest < highest, 0)
     if values.shape[1] > KEPT_VALUES:
         generator = torch.Generator().manual_seed(0)
         kept = torch.randperm(values.shape[1], generator=generator)[:KEPT_VALUES]
         values = values[:, kept.to(values.device)]
     # NumPy sorts short rows several times as fast as torch does on a CPU, where they go anyway.
     ordered = torch.from_numpy(np.sort(values.cpu().numpy(), axis=1))
-    return Activations(mean=mean.cpu(), sd=sd.cpu(), ordered=ordered)
+    return Activations(mean=mean.cpu(), sd=variance.sqrt().cpu(), ordered=ordered)
 
 
 def _mean_drift(before: Activations, after: Activations) -> Tensor:
@@ -135,7 +132,7 @@ def measure_drift(
     return compare_activations(before, measure_activations(model, x))
 
 
-@probe("drift", passes=5, paper="arXiv:1502.03167")
+@probe("drift", passes=6, paper="arXiv:1502.03167")
 class Drift(Probe):
     """Drift of activations since the reading before, NaN in the first; see :func:`measure_drift`.
 

@@ -111,7 +111,7 @@ def trace_of(readings: Mapping[int, Reading]) -> Trace:
 
 
 def _plain(numbers: Sequence[float]) -> list[float | None]:
-    return [number if math.isfinite(number) else None for number in numbers]
+    return [float(number) if math.isfinite(number) else None for number in numbers]
 
 
 def _numbers(found: Sequence[float | None]) -> tuple[float, ...]:

@@ -61,9 +61,13 @@ def measure(wanted: list[Wanted]) -> Program:
 
 
 def grid_of(design: Design, cell: Cell, replicate: int, role: Role) -> list[Wanted]:
-    """Every arm without a space at every learning rate of the grid, on validation data."""
+    """Every arm without a space at every learning rate of the grid, on validation data.
+
+    A sweep, whose rows nobody confirms, has the probes on them.
+    """
+    probes = design.probes_of(replicate) if role == "sweep" else {}
     return [
-        Wanted(cell.name, arm.name, replicate, role, design.trial(cell, arm, replicate, lr=lr))
+        Wanted(cell.name, arm.name, replicate, role, design.trial(cell, arm, replicate, lr=lr, probes=probes))
         for arm in design.arms_in(cell.name)
         if not arm.space_in(cell.name)
         for lr in design.lr
@@ -320,7 +324,7 @@ def _planned_in(study: Study, design: Design, cell: Cell) -> Iterable[Trial]:
     once = _tunes_once(study, design)
     tuned = _TUNING if once else range(design.replicates)
     for replicate in tuned:
-        for wanted in grid_of(design, cell, replicate, "tune"):
+        for wanted in grid_of(design, cell, replicate, "tune" if study.program == "search" else "sweep"):
             yield wanted.trial
     middle = design.lr[len(design.lr) // 2]
     for arm in design.arms_in(cell.name):

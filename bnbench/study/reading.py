@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from bnbench.probes import Trace
 from bnbench.study.design import Cell, Design
 from bnbench.study.spec import Hypothesis, Study
 from bnbench.study.table import Entry, Replicate, Result, Role
@@ -53,5 +54,21 @@ class _Reads(dict[str, Any]):
         return self.value
 
 
+class _Every(tuple[int, ...]):
+    """Holds every number, all at one place."""
+
+    def __contains__(self, number: object) -> bool:
+        return True
+
+    def index(self, *_: Any) -> int:
+        return 0
+
+
 _CONFIRMED: tuple[Role, ...] = ("own", "common", "timing")
-_MADE_UP = Result("done", metrics=_Reads(0.5), curve=_Reads((1.0, 2.0)))
+# Every step has a reading here, so that an estimand goes on to what it reads after a probe.
+_MADE_UP = Result(
+    "done",
+    metrics=_Reads(0.5),
+    curve=_Reads((1.0, 2.0)),
+    traces=_Reads(Trace(steps=_Every((0,)), values=_Reads((0.5,)))),
+)

@@ -41,6 +41,8 @@ METRICS = (
     "time/total_s",
     "memory/peak_mib",
 )
+#: Those that make room where a row has probes, whose values a claim reads.
+YIELDING = ("test/ece", "test/gap", "test/gap_calibrated", "norm/gamma", "memory/peak_mib")
 CURVES = ("train/loss", "val/loss", "val/acc")
 #: Shown of every training, at their defaults too.
 PARAMS = (
@@ -169,7 +171,8 @@ def training_draft(definition: Definition, entry: Entry, number: int = 0) -> Dra
         for step, value in zip(result.curve.get("step", ()), result.curve.get(key, ()), strict=False)
     ]
     metrics = {**result.metrics, **_steps_to_target(definition, entry)}
-    points += [Point(k, metrics[k], end, last) for k in METRICS if k in metrics]
+    shown = [k for k in METRICS if k in metrics and not (result.traces and k in YIELDING)]
+    points += [Point(k, metrics[k], end, last) for k in shown]
     room = MOST_METRICS - len({point.key for point in finite(points)})
     probed = _probe_points(result.traces, lambda step: start + int(step * share))
     points += [point for key in list(probed)[:room] for point in probed[key]]

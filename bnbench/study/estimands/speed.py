@@ -46,6 +46,17 @@ def log_steps_ratio(
     return Estimate(slow - fast, allows(at_least=slow_censored, at_most=fast_censored))
 
 
+def log_steps_allowance(
+    replicate: Replicate, *, better: str, other: str, times: float, role: ConfirmedRole = "own"
+) -> Estimate:
+    """By how much an arm keeps to `times` the steps of another, as a natural logarithm.
+
+    log(times T_other / T_better), above 0 where it does; censored as :func:`log_steps_ratio`.
+    """
+    steps = log_steps_ratio(replicate, better=better, other=other, role=role)
+    return Estimate(steps.value + math.log(times), steps.allows)
+
+
 def log_examples_ratio(
     replicate: Replicate, *, large: str, small: str, role: ConfirmedRole = "own"
 ) -> Estimate:

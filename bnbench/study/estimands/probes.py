@@ -1,0 +1,73 @@
+"""Estimands of probes: what was measured inside the networks of two arms, compared."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from bnbench.registry import BadInput, nearest
+from bnbench.study.estimands.rows import confirmed
+from bnbench.study.table import Entry, Replicate
+
+#: Which row of an arm is read: a confirmed one, or of a sweep the one of best validation accuracy.
+ProbedRole = Literal["own", "common", "best"]
+_ROLES = ("own", "common", "best")
+
+
+def probed_row(replicate: Replicate, arm: str, role: ProbedRole) -> Entry:
+    """The arm's row of a role; "best" is that of highest `val/acc` in a grid, ties to the lower rate.
+
+    Raises BadInput for another role, and LookupError where there is no such row.
+    """
+    if role not in _ROLES:
+        raise BadInput(f"an estimand reads no rows of role {role!r}{nearest(role, _ROLES)}")
+    if role != "best":
+        return confirmed(replicate, arm, role)
+    rows = replicate.grid(arm)
+    if not rows:
+        raise LookupError(f"cell {replicate.cell!r}, replicate {replicate.index}: no grid of {arm!r}")
+    return max(rows, key=lambda row: row["val/acc"])
+
+
+def probed(entry: Entry, probe: str, value: str, *, step: int | None = None, since: int = 0) -> float:
+    """What a probe measured in a row: its reading at a step, or the mean of its readings from `since` on.
+
+    Raises LookupError where the row has no such probe, step or finite number.
+    """
+    if probe not in entry.result.traces:
+        raise LookupError(f"{entry.arm!r} has no trace of {probe!r}")
+    trace = entry.result.traces[probe]
+    number = trace.mean(value, since=since) if step is None else trace.at(step).values[value]
+    if not math.isfinite(number):
+        raise LookupError(f"{probe} of {entry.arm!r} has no finite {value} at step {step}")
+    return number
+
+
+def log_probe_ratio(
+    replicate: Replicate,
+    *,
+    larger: str,
+    smaller: str,
+    probe: str,
+    value: str,
+    role: ProbedRole = "own",
+    step: int | None = None,
+    since: int = 0,
+) -> float:
+    """How many times larger a probe's value is in one arm than in another, as a natural logarithm.
+
+    log(v_larger / v_smaller), v as in :func:`probed`. Raises ValueError where a value is not positive.
+    """
+    values = [
+        probed(probed_row(replicate, arm, role), probe, value, step=step, since=since)
+        for arm in (larger, smaller)
+    ]
+    return math.log(values[0]) - math.log(values[1])
+
+
+def best_accuracy_difference(
+    replicate: Replicate, *, better: str, other: str, metric: str = "val/acc"
+) -> float:
+    """The better arm's validation accuracy minus the other's, each at its best rate of a sweep, in points."""
+    rows = [probed_row(replicate, arm, "best") for arm in (better, other)]
+    return 100 * (rows[0][metric] - rows[1][metric])
