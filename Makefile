@@ -18,7 +18,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help study plan report ui data doctor selfcheck install test test-slow lint smoke resolve constraints clean check-python
+.PHONY: help study plan report ui data doctor selfcheck install test test-slow lint smoke bench resolve constraints clean check-python
 
 # An installation is remembered by a stamp file, so that later calls start at once and without a network.
 # VENV=none takes the Python that is there (conda, a module, a container) and installs nothing.
@@ -34,8 +34,8 @@ endif
 bnbench := $(python) -m bnbench.cli
 
 # On small networks several threads a process mostly wait for each other.
-test lint smoke test-slow: export OMP_NUM_THREADS := 1
-test lint smoke test-slow: export MKL_NUM_THREADS := 1
+test lint smoke bench test-slow: export OMP_NUM_THREADS := 1
+test lint smoke bench test-slow: export MKL_NUM_THREADS := 1
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -84,6 +84,9 @@ lint: $(for_dev) ## check style, types and import layers
 smoke: $(for_study) ## run every study at its smallest size, in a temporary folder
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 	  $(bnbench) run --preset smoke --gpus $(GPUS) --runs "$$runs"
+
+bench: $(for_study) ## measure what each probe adds to the time of a training
+	@$(python) benchmarks/probes.py build/probes.json
 
 # Resolving reads the descriptions of the packages and downloads none.
 resolution := build/resolution.json

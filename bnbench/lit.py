@@ -66,13 +66,17 @@ def split_parameters(model: nn.Module, decay_norm: bool) -> tuple[list[nn.Parame
 
 
 def own_model_class(path: str) -> tuple[Callable[..., Any], Mapping[str, inspect.Parameter]]:
-    """The class `package.module:Class` with its parameters. Raises BadInput where it cannot be had."""
+    """The class or function `package.module:name` with its parameters.
+
+    Raises BadInput where it cannot be had.
+    """
     module_name, _, attribute = path.partition(":")
     try:
         make = getattr(importlib.import_module(module_name), attribute)
         return make, inspect.signature(make).parameters
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise BadInput(f"model {path!r} cannot be had: {error}; write it as package.module:Class") from None
+        wanted = "write it as package.module:Class, a class or a function"
+        raise BadInput(f"model {path!r} cannot be had: {error}; {wanted}") from None
 
 
 def _own_model(

@@ -5,7 +5,8 @@ of every replicate, while nothing else runs. The learning rate is constant after
 only over the last fifth of the steps: a schedule that falls throughout would itself set the time to the
 target, and one that never falls would leave the choice of the rate to noise. A target lies 95 % of the way
 from chance to what the arm without normalization reached before the fall, in four pilot replicates; six,
-tuned in the same way, gave the expected half-widths. None of them is used again.
+tuned in the same way, gave the expected half-widths. None of them is used again. Probes in three replicates
+show the loss along the gradient and its flow; no verdict reads them.
 """
 
 from functools import partial
@@ -50,6 +51,8 @@ QUICK = Design(
     arms=ARMS,
     lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     timing_steps=200,
+    probes={"landscape": {"steps": [0, 30, 70, 200, 500]}, "gradient_flow": {"every": 50}},
+    probed=3,
 )
 
 # 40 epochs of 45,000 images in batches of 128. The targets are guesses: no pilot has run on a GPU yet. With
@@ -107,6 +110,8 @@ FULL = Design(
     arms=ARMS,
     lr=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     timing_steps=200,
+    probes={"landscape": {"every": 700}, "gradient_flow": {"every": 700}},
+    probed=3,
 )
 PRIMARY = (
     *(cell.name for cell in QUICK.cells),

@@ -34,12 +34,11 @@ QUICK_THEORY = cross(
 QUICK_INITIAL = (
     Cell("mlp30-mnist1d", data="mnist1d", steps=1, model="mlp", model_options={"depth": 30}),
     Cell("cnn20-mnist1d", data="mnist1d", steps=1, **CNN20),
-    Cell("cnn20-digits", data="digits", steps=1, **CNN20),
     Cell("resnet20-digits", data="digits", steps=1, model="resnet20"),
 )
 QUICK_TRAINED = (Cell("mlp30-digits", data="digits", model="mlp", model_options={"depth": 30}),)
 QUICK_DEPTHS = tuple(
-    Cell(f"mlp{depth}-digits", data="digits", model="mlp", model_options={"depth": depth})
+    Cell(f"mlp{depth}-digits", data="digits", model="mlp", model_options={"depth": depth, "width": 64})
     for depth in (10, 60)
 )
 
@@ -62,7 +61,7 @@ QUICK_COMPARED = (*QUICK_TRAINED, *QUICK_INITIAL)
 THEORY = tuple(cell.name for cell in (*QUICK_THEORY, *FULL_THEORY))
 DEPTHS = tuple(cell.name for cell in (*QUICK_DEPTHS, *FULL_DEPTHS))
 TRAINED = tuple(cell.name for cell in (*QUICK_TRAINED, *QUICK_DEPTHS, *FULL_TRAINED, *FULL_DEPTHS))
-PLAIN = ("mlp30-digits", "mlp30-mnist1d", "cnn20-mnist1d", "cnn20-digits", "mlp30-cifar10", "cnn20-cifar10")
+PLAIN = ("mlp30-digits", "mlp30-mnist1d", "cnn20-mnist1d", "mlp30-cifar10", "cnn20-cifar10")
 PRIMARY = ("mlp30-digits", "cnn20-mnist1d", "mlp30-cifar10", "cnn20-cifar10")
 SECONDARY = (*(name for name in PLAIN if name not in PRIMARY), "vgg16-cifar10")
 SKIPS = ("resnet20-digits", "resnet56-cifar10")
@@ -87,7 +86,7 @@ QUICK = Design(
             )
         ),
     ),
-    lr=(0.01, 0.03, 0.1),
+    lr=(0.003, 0.02),
     curve_points=0,
     probes={"gradient_flow": {"steps": [0, 1, 10, 100]}, "rank": {"steps": [0]}},
 )

@@ -6,6 +6,8 @@ averages is not taken for an effect of the noise. Controls without this noise: l
 normalization whose statistics are frozen after a tenth of the training; virtual batch normalization by 256
 reference samples. Few training samples (400) leave something to regularize.
 
+Probes in two replicates measure the noise and the gap between statistics; no verdict reads them.
+
 Noise also slows fitting down. In the cells "matched" every training stops at the same training loss instead.
 """
 
@@ -51,6 +53,8 @@ QUICK = Design(
     lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     tuning="once",
     curve_points=0,
+    probes={name: {"steps": [0, 150, 300]} for name in ("batch_noise", "eval_gap")},
+    probed=2,
 )
 
 # The SGD batch is 512, 40 epochs. No pilot has run on a GPU yet.
@@ -87,6 +91,8 @@ FULL = Design(
     ),
     lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
     tuning="once",
+    probes={name: {"every": 700} for name in ("batch_noise", "eval_gap")},
+    probed=2,
 )
 
 QUICK_NBS = (("NBS 4", -2.0), ("NBS 16", -4.0), ("NBS full", -6.0))

@@ -327,3 +327,17 @@ def test_no_callback_of_another_package_gets_into_a_row(monkeypatch: pytest.Monk
     monkeypatch.setattr(callback_connector, "_load_external_callbacks", lambda group: [offered])
     assert offered in L.Trainer(logger=False, enable_checkpointing=False).callbacks  # type: ignore[attr-defined]
     assert offered not in trainer_for(Trial(), "cpu").callbacks  # type: ignore[attr-defined]
+
+
+@given(
+    stop=st.integers(1, 120),
+    cuts=st.sets(st.integers(1, 120), max_size=5),
+    splits=st.sets(st.integers(0, 130), max_size=6),
+)
+def test_splits_cut_blocks_and_move_no_other_edge(stop, cuts, splits):
+    plain = Blocks(0, stop, sorted(cuts), lambda: False)
+    split = Blocks(0, stop, sorted(cuts), lambda: False, splits)
+    ends = {end for _, end in plain}
+    assert plain.edges == split.edges == ends
+    assert {end for _, end in split} == ends | {s for s in splits if 0 < s < stop}
+    assert [step for a, b in split for step in range(a, b)] == list(range(stop))

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from bnbench.cli.options import DataFolder, Runs, Studies, TrackingUri, folder_of_data
-from bnbench.cli.training import doctor, plan, rerun, run, search, selfcheck, train
+from bnbench.cli.training import doctor, plan, probe, rerun, run, search, selfcheck, train
 from bnbench.registry import BadInput
 
 app = typer.Typer(
@@ -173,6 +173,13 @@ def norms(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
         print(f"{row['name']:<16} {kind:<18} {row['paper']}")
 
 
+def probes(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """List the probes: name, steps between readings, paper, what each measures and its options."""
+    from bnbench.cli.probe import print_probes
+
+    print_probes(as_json)
+
+
 _VERBS: dict[str, Callable[..., int | None]] = {
     "run": run,
     "plan": plan,
@@ -186,11 +193,13 @@ _VERBS: dict[str, Callable[..., int | None]] = {
     "data": data,
     "train": train,
     "search": search,
+    "probe": probe,
     "rerun": rerun,
     "publish": publish,
     "export": export,
     "import": import_rows,
     "norms": norms,
+    "probes": probes,
 }
 for _name, _verb in _VERBS.items():
     app.command(_name)(_verb)

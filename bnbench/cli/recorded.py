@@ -189,7 +189,7 @@ def read_trial(path: Path) -> Trial:
         raise BadInput(f"{path} is not JSON text") from None
 
 
-def _train_once(trial: Trial, gpus: str, data: Path) -> Result:
+def train_once(trial: Trial, gpus: str, data: Path) -> Result:
     """Train one row in a worker, as a study would, but beside `runs/`: no checkpoint, no saved weights."""
     check_trial(trial)
     chosen = placement.choose_gpus(gpus, os.environ)
@@ -214,7 +214,7 @@ def print_training(path: Path, gpus: str, data: Path) -> int:
     trial = read_trial(path)
     rank = 0
     if launcher() is None:
-        result = _train_once(trial, gpus, data)
+        result = train_once(trial, gpus, data)
     else:
         result = _train_as_rank(trial, gpus, data)
         rank = cluster_environment().global_rank()
@@ -231,7 +231,7 @@ def print_rerun(what: str, check: bool, gpus: str, runs: Path, data: Path, uri: 
     record = existing_record(runs)
     trial = _find_trial(what, record, runs, uri)
     before = record.recall([trial.key]).get(trial.key)
-    now = _train_once(trial, gpus, data)
+    now = train_once(trial, gpus, data)
     table = TextTable(box=None, pad_edge=False)
     for title in ("metric", "recorded", "now", "difference"):
         table.add_column(title)

@@ -258,6 +258,63 @@ def search(
     return ask(question, request)
 
 
+def probe(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|PACKAGE.MODULE:MAKE",
+            help="A model's name, or a class or function of your own that makes one.",
+        ),
+    ],
+    data: Annotated[str, typer.Option(help="A data set's name.")] = "digits",
+    norm: Annotated[str, typer.Option(help="A norm's name, for a model that takes one.")] = "batch",
+    probes: Annotated[str, typer.Option(help="As in gradient_flow,rank; by default all there are.")] = "",
+    steps: Annotated[int, typer.Option(help="Training steps between the two readings.")] = 100,
+    lr: Annotated[float, typer.Option(help="The learning rate, which stays as it is.")] = 0.1,
+    batch_size: Annotated[int, typer.Option(help="Samples of a training batch.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seeds initial weights and batches.")] = 0,
+    model_options: Annotated[str, typer.Option(metavar="JSON", help='As in {"depth": 4}.')] = "{}",
+    norm_options: Annotated[str, typer.Option(metavar="JSON", help='As in {"ghost_size": 8}.')] = "{}",
+    data_options: Annotated[str, typer.Option(metavar="JSON", help='As in {"folder": "images"}.')] = "{}",
+    probe_options: Annotated[
+        str, typer.Option(metavar="JSON", help='As in {"hessian": {"count": 5}}; `bnbench probes` has all.')
+    ] = "{}",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also print what is read by layer, step size or eigenvalue.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all readings as JSON.")] = False,
+    gpus: Gpus = "all",
+    data_folder: DataFolder = None,
+) -> int:
+    """Show what the probes read in your own model, at initialization and after some steps of training."""
+    from bnbench.cli.probe import print_probing
+    from bnbench.cli.search import options, words
+    from bnbench.study.trial import Trial
+
+    trial = Trial(
+        model=model,
+        model_options=options("--model-options", model_options),
+        data=data,
+        data_options=options("--data-options", data_options),
+        norm=norm,
+        norm_options=options("--norm-options", norm_options),
+        lr=lr,
+        schedule="constant",
+        batch_size=batch_size,
+        steps=steps,
+        seed=seed,
+    )
+    return print_probing(
+        trial,
+        words(probes),
+        options("--probe-options", probe_options),
+        gpus,
+        folder_of_data(data_folder),
+        layers=layers,
+        as_json=as_json,
+    )
+
+
 def rerun(
     what: Annotated[
         str, typer.Argument(metavar="RUN|KEY|trial.json", help="An MLflow run, a row's key, or a file.")

@@ -207,8 +207,8 @@ class Probe(L.Callback):
     of the training batch), as they come without shuffling; of a data set without an index the first batch.
 
     Readings are taken after each of `steps` optimizer steps, or every `every` steps, 0 among them; by
-    default so seldom that a run spends at most 5 % of its steps on them. `trace` has them all, and the single
-    numbers go to the Trainer's loggers as `probe/<name>/<value>`.
+    default so seldom that a run which is long enough for two spends at most 5 % of its steps on them. `trace`
+    has them all, and the single numbers go to the Trainer's loggers as `probe/<name>/<value>`.
 
     Readings are made in the precision of the weights, with autocast off. Under DDP all processes take part,
     with the same sample, and the first one keeps the readings. Raises BadInput for a schedule that cannot
@@ -317,7 +317,11 @@ class Probe(L.Callback):
         with untouched(module):
             # Norms that follow the training, or keep a reference, are as they would be in an evaluation.
             _ask(module, "bring_up_to_date", step)
-            reading = self.measure(module, x, y, moment)
+            try:
+                reading = self.measure(module, x, y, moment)
+            except BadInput as error:
+                named = "" if str(error).startswith("probe ") else f"probe {self.name!r}: "
+                raise BadInput(f"{named}{error}") from None
         if not trainer.is_global_zero:
             return
         self.readings[step] = reading

@@ -152,7 +152,7 @@ def _mean_of_finite(numbers: list[float]) -> float:
     return statistics.fmean(finite) if finite else math.nan
 
 
-@probe("batch_noise", passes=18, batches=8, paper="arXiv:1809.00846")
+@probe("batch_noise", passes=27, batches=8, paper="arXiv:1809.00846")
 class BatchNoise(Probe):
     """Scatter of batch statistics and of outputs; see :func:`measure_batch_noise`."""
 

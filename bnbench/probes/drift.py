@@ -132,7 +132,7 @@ def measure_drift(
     return compare_activations(before, measure_activations(model, x))
 
 
-@probe("drift", passes=6, paper="arXiv:1502.03167")
+@probe("drift", passes=5, paper="arXiv:1502.03167")
 class Drift(Probe):
     """Drift of activations since the reading before, NaN in the first; see :func:`measure_drift`.
 

@@ -123,7 +123,7 @@ def _distances(output: Tensor, precise: Tensor) -> tuple[float, float]:
     return l2.item(), F.kl_div(*logs, log_target=True, reduction="batchmean").item()
 
 
-@probe("eval_gap", passes=17, batches=8, paper="arXiv:2105.07576")
+@probe("eval_gap", passes=18, batches=8, paper="arXiv:2105.07576")
 class EvalGap(Probe):
     """Variance part and lag part of the train–eval gap; see :func:`measure_eval_gap`."""
 

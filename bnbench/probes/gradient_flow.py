@@ -82,7 +82,7 @@ def _slope(gradients: list[float]) -> float:
     return statistics.linear_regression(range(len(inner)), [math.log(g) for g in inner]).slope
 
 
-@probe("gradient_flow", passes=1.5, paper="arXiv:1902.08129")
+@probe("gradient_flow", passes=3, paper="arXiv:1902.08129")
 class GradientFlow(Probe):
     """Gradient norms by layer and their growth factor; see :func:`measure_gradient_flow`."""
 

@@ -72,7 +72,7 @@ def _square(tensors: list[Tensor]) -> Tensor:
     return torch.stack([tensor.double().square().sum() for tensor in tensors]).sum()
 
 
-@probe("gradient_noise", passes=10, batches=8, paper="arXiv:1812.06162")
+@probe("gradient_noise", passes=12, batches=8, paper="arXiv:1812.06162")
 class GradientNoise(Probe):
     """The simple noise scale and its two parts; see :func:`measure_gradient_noise`."""
 

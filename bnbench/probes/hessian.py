@@ -175,7 +175,7 @@ def _check(count: int, iterations: int) -> None:
         raise BadInput(f"probe 'hessian': iterations must be count={count} or more, not {iterations!r}")
 
 
-@probe("hessian", passes=80, paper="arXiv:1901.10159")
+@probe("hessian", passes=85, paper="arXiv:1901.10159")
 class Hessian(Probe):
     """The largest eigenvalues of the Hessian of the loss; see :func:`measure_hessian`."""
 

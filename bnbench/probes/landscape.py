@@ -103,7 +103,7 @@ def _check(relative_step: float) -> None:
         raise BadInput(f"probe 'landscape': relative_step must be a positive number, not {relative_step!r}")
 
 
-@probe("landscape", passes=25, paper="arXiv:1805.11604")
+@probe("landscape", passes=20, paper="arXiv:1805.11604")
 class Landscape(Probe):
     """Loss range, gradient predictiveness and β-smoothness along a step; see :func:`measure_landscape`."""
 

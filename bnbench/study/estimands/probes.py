@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from bnbench.probes import Trace
 from bnbench.registry import BadInput, nearest
 from bnbench.study.estimands.rows import confirmed
 from bnbench.study.table import Entry, Replicate
@@ -29,15 +30,17 @@ def probed_row(replicate: Replicate, arm: str, role: ProbedRole) -> Entry:
     return max(rows, key=lambda row: row["val/acc"])
 
 
-def probed(entry: Entry, probe: str, value: str, *, step: int | None = None, since: int = 0) -> float:
-    """What a probe measured in a row: its reading at a step, or the mean of its readings from `since` on.
-
-    Raises LookupError where the row has no such probe, step or finite number.
-    """
+def trace_of_row(entry: Entry, probe: str) -> Trace:
+    """What a probe measured in a row. Raises LookupError where the row has no such probe."""
     if probe not in entry.result.traces:
         raise LookupError(f"{entry.arm!r} has no trace of {probe!r}")
-    trace = entry.result.traces[probe]
-    number = trace.mean(value, since=since) if step is None else trace.at(step).values[value]
+    return entry.result.traces[probe]
+
+
+def probed(entry: Entry, probe: str, value: str, *, step: int) -> float:
+    """The last reading of a probe up to a step. Raises LookupError where there is no finite one."""
+    trace = trace_of_row(entry, probe)
+    number = trace.at(max((s for s in trace.steps if s <= step), default=step)).values[value]
     if not math.isfinite(number):
         raise LookupError(f"{probe} of {entry.arm!r} has no finite {value} at step {step}")
     return number
@@ -56,13 +59,20 @@ def log_probe_ratio(
 ) -> float:
     """How many times larger a probe's value is in one arm than in another, as a natural logarithm.
 
-    log(v_larger / v_smaller), v as in :func:`probed`. Raises ValueError where a value is not positive.
+    log(v_larger / v_smaller), v being the last reading up to `step`, or without one the geometric mean of the
+    positive readings from `since` on: of an arithmetic mean a single reading can make the most, where some
+    unit hardly varies. Raises LookupError where there is none.
     """
-    values = [
-        probed(probed_row(replicate, arm, role), probe, value, step=step, since=since)
-        for arm in (larger, smaller)
-    ]
-    return math.log(values[0]) - math.log(values[1])
+    logs = []
+    for arm in (larger, smaller):
+        trace = trace_of_row(probed_row(replicate, arm, role), probe)
+        steps = [s for s in trace.steps if s <= step][-1:] if step is not None else trace.steps
+        readings = [trace.at(s).values[value] for s in steps if s >= since]
+        positive = [math.log(number) for number in readings if math.isfinite(number) and number > 0]
+        if not positive:
+            raise LookupError(f"{probe} of {arm!r} has no positive {value}")
+        logs.append(math.fsum(positive) / len(positive))
+    return logs[0] - logs[1]
 
 
 def best_accuracy_difference(
