@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnbench.report import Report, summaries, write_report
-from bnbench.report.drawing import Dot, arm_styles, cut, draw_dots, fence, house_style, new_figure, panel
+from bnbench.report.drawing import (
+    Dot,
+    arm_styles,
+    cut,
+    draw_dots,
+    fence,
+    house_style,
+    log_axis,
+    new_figure,
+    panel,
+)
 from bnbench.report.figures import draw_replicates, draw_sweep
 from bnbench.report.forest import ForestRow, draw_forest
 from bnbench.report.summaries import Sweep
@@ -173,6 +183,22 @@ def test_links_are_in_the_files_of_the_figures_and_cost_little(wide: Report, fol
     ElementTree.fromstring(svg)
     page = (folder / "index.html").read_text()
     assert sum(map(len, re.findall(r"<a href=.http[^>]*>", page))) < 0.05 * len(page) < 30_000
+
+
+def test_small_marks_of_a_log_axis_stand_between_its_numbers() -> None:
+    with house_style():
+        axes = new_figure(300, 200).add_axes((0.1, 0.1, 0.8, 0.8))
+        axes.plot([0.01, 1.0], [0.2, 0.7])
+        axes.set_xlim(0.01, 1.0)
+        limits = axes.get_ylim()
+        log_axis(axes, "learning rate")
+        (marks,) = (line for line in axes.get_lines() if line.get_linestyle() == "None")
+        assert [axes.xaxis.get_major_formatter()(x, 0) for x in axes.get_xticks() if 0.01 <= x <= 1] == [
+            "0.01", "0.03", "0.1", "0.3", "1",
+        ]  # fmt: skip
+    expected = [digit * power for power in (0.01, 0.1) for digit in (2, 4, 5, 6, 7, 8, 9)]
+    assert list(marks.get_xdata()) == pytest.approx(expected)
+    assert axes.get_xlim() == (0.01, 1.0) and axes.get_ylim() == limits
 
 
 def test_fourteen_arms_stay_readable(wide: Report) -> None:

@@ -1,6 +1,7 @@
 """The look of the figures: colours, line styles, and SVG that fits a light and a dark page.
 
-Only this file, forest.py, figures.py and search_figures.py touch matplotlib.
+Only this file, forest.py, figures.py, gradient_growth.py, probe_figures.py, scales.py and search_figures.py
+touch matplotlib.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import Any, Literal
 import matplotlib.style
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.markers import TICKDOWN, MarkerStyle
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 #: Stands for the colour of text and axes until the SVG is finished; no arm has it.
 INK = "#010203"
-#: A grey with the same contrast on a white and on a nearly black page.
+#: The colour of text and axes in a file: a grey with the same contrast on a white and on a nearly black page.
 FILE_INK = "#6e7b88"
 
 #: In CSS pixels; a figure fits a phone at nearly this size, so that its text stays readable.
@@ -100,22 +102,39 @@ class Dot:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A finished figure: `name` is its file's stem, `title` what it shows in words."""
+    """A finished figure: `name` is its file's stem, `title` what it shows in words.
+
+    `svg` is made for a page: text and axes have the colour and font of what is around it, and its ids are its
+    own. `key` stands for all that it was drawn from, where somebody keeps count of that.
+    """
 
     name: str
     title: str
     svg: str
-
-    @property
-    def inline(self) -> str:
-        """The SVG as part of a page: text and axes in the page's colour and font, ids of its own."""
-        return self.svg.replace(INK, "currentColor")
+    key: str = ""
 
     @property
     def file(self) -> str:
         """The SVG as a file that can be read on a white and on a dark background."""
-        head = '<svg xmlns="http://www.w3.org/2000/svg" font-family="DejaVu Sans, Verdana, sans-serif" '
-        return self.svg.replace(INK, FILE_INK).replace("<svg ", head, 1) + "\n"
+        return file_head(self.key) + self.svg.removeprefix("<svg ") + "\n"
+
+
+def file_head(key: str) -> str:
+    """How the file of a figure with this key begins, and no other."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" data-drawn-from="{key}" color="{FILE_INK}"'
+        ' font-family="DejaVu Sans, Verdana, sans-serif" '
+    )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Figures of one kind with the names of their cells; `folded` where the page hides them at first."""
+
+    title: str
+    caption: str
+    drawings: tuple[tuple[str, Drawing], ...]
+    folded: bool = False
 
 
 def arm_styles(arms: Iterable[str]) -> dict[str, ArmStyle]:
@@ -146,7 +165,7 @@ def finish(figure: Figure, name: str, title: str) -> Drawing:
     buffer = io.StringIO()
     empty: Mapping[str, None] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", metadata=dict(empty))
-    text = buffer.getvalue()
+    text = buffer.getvalue().replace(INK, "currentColor")
     found = re.search(r'viewBox="([^"]+)"', text)
     assert found is not None
     body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
@@ -193,12 +212,20 @@ def percent(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
 
 
 def log_axis(axes: Any, label: str) -> None:
-    """Give a panel a logarithmic x axis with plain numbers."""
+    """Give a panel in which all is drawn a logarithmic x axis with plain numbers."""
     axes.set_xscale("log")
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()
+    between = [x for x in axes.xaxis.get_minorticklocs() if low <= x <= high]
+    axes.xaxis.set_minor_locator(NullLocator())
+    # As one line of marks, since matplotlib's own small ticks took a third of the time to draw a figure.
+    marks = Line2D(
+        between, [0.0] * len(between), linestyle="none", marker=MarkerStyle(TICKDOWN), markersize=2,
+        markeredgewidth=0.6, color=INK, clip_on=False, transform=axes.get_xaxis_transform(),
+    )  # fmt: skip
+    axes.add_artist(marks)
 
 
 def panel(

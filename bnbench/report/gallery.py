@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from bnbench.report.drawing import ArmStyle, Dot, Drawing, arm_styles
+from bnbench.report.album import Album
+from bnbench.report.drawing import ArmStyle, Dot, Drawing, Group, arm_styles
 from bnbench.report.figures import draw_curves, draw_replicates, draw_sweep
 from bnbench.report.forest import ForestRow, draw_forest
+from bnbench.report.probe_gallery import probe_groups
 from bnbench.report.result import Report, StudyResult
 from bnbench.report.search_figures import (
     Expectation,
@@ -45,16 +47,6 @@ from bnbench.study.verdicts import ClaimVerdict
 
 
 @dataclass(frozen=True)
-class Group:
-    """Figures of one kind with the names of their cells; `folded` where the page hides them at first."""
-
-    title: str
-    caption: str
-    drawings: tuple[tuple[str, Drawing], ...]
-    folded: bool = False
-
-
-@dataclass(frozen=True)
 class Gallery:
     """All figures: `claims` by claim id, `studies` in the order of the report's results."""
 
@@ -88,8 +80,8 @@ def in_order(report: Report) -> list[tuple[Claim, ClaimVerdict]]:
     return sorted(report.claims, key=lambda pair: ORDER.index(status(pair[1])))
 
 
-def draw_all(report: Report) -> Gallery:
-    """Draw every figure of a report."""
+def draw_all(report: Report, album: Album) -> Gallery:
+    """Draw every figure of a report that the album has not."""
     arms = [arm.name for result in report.results for arm in result.design.arms]
     styles = arm_styles(arms)
     claims = {}
@@ -97,23 +89,28 @@ def draw_all(report: Report) -> Gallery:
         anchors("claim", [claim.id for claim, _ in report.claims]), report.claims, strict=True
     ):
         if verdict.cells:
-            claims[claim.id] = _forest(report, name, claim, verdict)
+            claims[claim.id] = _forest(report, album, name, claim, verdict)
     names = anchors("study", [f"{r.study.name} {r.preset}" for r in report.results])
     studies = tuple(
         tuple(
             group
-            for group in (*_search_groups(name, result, styles), *_groups(name, result, styles))
+            for group in (
+                *_search_groups(album, name, result, styles),
+                *_groups(album, name, result, styles),
+                *probe_groups(album, name, result, styles),
+            )
             if group.drawings
         )
         for name, result in zip(names, report.results, strict=True)
     )
-    return Gallery(styles, claims, studies, _headline(report))
+    return Gallery(styles, claims, studies, _headline(report, album))
 
 
-def _forest(report: Report, name: str, claim: Claim, verdict: ClaimVerdict) -> Drawing:
+def _forest(report: Report, album: Album, name: str, claim: Claim, verdict: ClaimVerdict) -> Drawing:
     units = {cell.unit for cell in verdict.cells}
     title = f"{claim.id}: the effect in every primary cell with its simultaneous interval"
-    return draw_forest(f"{name}-effects", title, _forest_rows(report, verdict), in_delta=len(units) > 1)
+    rows = _forest_rows(report, verdict)
+    return album.draw(draw_forest, f"{name}-effects", title, rows, in_delta=len(units) > 1)
 
 
 def _forest_rows(report: Report, verdict: ClaimVerdict) -> list[ForestRow]:
@@ -127,7 +124,7 @@ def _forest_rows(report: Report, verdict: ClaimVerdict) -> list[ForestRow]:
     return rows
 
 
-def _headline(report: Report) -> Drawing | None:
+def _headline(report: Report, album: Album) -> Drawing | None:
     rows = []
     for claim, verdict in in_order(report):
         for i, row in enumerate(_forest_rows(report, verdict)):
@@ -136,10 +133,12 @@ def _headline(report: Report) -> Drawing | None:
     if not rows:
         return None
     title = "Every primary cell of every claim, in units of the smallest effect that matters"
-    return draw_forest("headline", title, rows, in_delta=True, wide=True)
+    return album.draw(draw_forest, "headline", title, rows, in_delta=True, wide=True)
 
 
-def _search_groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> list[Group]:
+def _search_groups(
+    album: Album, name: str, result: StudyResult, styles: Mapping[str, ArmStyle]
+) -> list[Group]:
     design = result.design
     shares, expected, histories, slices = [], [], [], []
     repeated = set()
@@ -154,15 +153,14 @@ def _search_groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle
         spaces = {arm.name: arm.space_in(cell.name) for arm in arms}
         found = {arm.name: importances_of(spaces[arm.name], searches[arm.name]) for arm in arms}
         if found := {arm: shares_there for arm, shares_there in found.items() if shares_there}:
-            drawing = draw_importances(f"{name}-importances-{i}", cell.name, found, styles)
+            drawing = album.draw(draw_importances, f"{name}-importances-{i}", cell.name, found, styles)
             shares.append((cell.name, drawing))
-        drawing = draw_expected(
-            f"{name}-expected-{i}", cell.name, _expectations(design, cell, arms, searches), styles
-        )
+        lines = _expectations(design, cell, arms, searches)
+        drawing = album.draw(draw_expected, f"{name}-expected-{i}", cell.name, lines, styles)
         expected.append((cell.name, drawing))
-        drawing = draw_history(f"{name}-history-{i}", cell.name, searches, styles)
+        drawing = album.draw(draw_history, f"{name}-history-{i}", cell.name, searches, styles)
         histories.append((cell.name, drawing))
-        slices += _slices(f"{name}-slices-{i}", cell, arms, searches, styles)
+        slices += _slices(album, f"{name}-slices-{i}", cell, arms, searches, styles)
     anecdote = (
         "One search's importances are an anecdote: dots far apart say that searches disagree."
         if max(repeated, default=0) > 1
@@ -223,6 +221,7 @@ def _expectations(
 
 
 def _slices(
+    album: Album,
     name: str,
     cell: Cell,
     arms: Sequence[Arm],
@@ -243,12 +242,15 @@ def _slices(
     if single:
         figures.append(("one dimension each" if len(single) > 1 else single[0].arm, single))
     return [
-        (f"{cell.name} · {label}", draw_slices(f"{name}-{i}", f"Slices, {cell.name}, {label}", parts, styles))
+        (
+            f"{cell.name} · {label}",
+            album.draw(draw_slices, f"{name}-{i}", f"Slices, {cell.name}, {label}", parts, styles),
+        )
         for i, (label, parts) in enumerate(figures, start=1)
     ]
 
 
-def _groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> list[Group]:
+def _groups(album: Album, name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> list[Group]:
     design = result.design
     grid_role: Role = "sweep" if result.study.program == "sweep" else "tune"
     curves: dict[str, list[tuple[str, Drawing]]] = {"own": [], "common": []}
@@ -265,7 +267,7 @@ def _groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> l
             if arm in on_grid
         }
         if found := {arm: rate for arm, rate in rates.items() if rate is not None}:
-            sweeps.append((cell.name, draw_sweep(f"{name}-sweep-{i}", cell.name, found, styles)))
+            sweeps.append((cell.name, album.draw(draw_sweep, f"{name}-sweep-{i}", cell.name, found, styles)))
         for role, note in (("own", f"own best {best}"), ("common", "common learning rate")):
             if role == "common" and len(on_grid) == 1 < len(arms):
                 # An arm by itself is compared with nothing.
@@ -273,10 +275,14 @@ def _groups(name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> l
             maybe = {arm: learning_curve(e for e in rows if e.role == role) for arm, rows in there.items()}
             if bands := {arm: band for arm, band in maybe.items() if band is not None}:
                 target = cell.constants.get("target")
-                drawing = draw_curves(f"{name}-curves-{role}-{i}", cell.name, bands, styles, target, note)
+                drawing = album.draw(
+                    draw_curves, f"{name}-curves-{role}-{i}", cell.name, bands, styles, target, note
+                )
                 curves[role].append((cell.name, drawing))
         if trainings := _dots(result, cell.name):
-            drawing = draw_replicates(f"{name}-replicates-{i}", cell.name, trainings, styles, metric)
+            drawing = album.draw(
+                draw_replicates, f"{name}-replicates-{i}", cell.name, trainings, styles, metric
+            )
             pairs.append((cell.name, drawing))
     return [
         Group(

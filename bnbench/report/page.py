@@ -18,6 +18,7 @@ from markupsafe import Markup
 from bnbench.registry import BadInput
 from bnbench.report import sentences, words
 from bnbench.report.advice import ADVICE_HEADS, advice_rows
+from bnbench.report.album import Album
 from bnbench.report.drawing import ArmStyle
 from bnbench.report.gallery import Gallery, anchors, draw_all, in_order
 from bnbench.report.plain import render_json
@@ -35,9 +36,9 @@ def write_report(report: Report, folder: Path) -> Path:
     Figures of an earlier report in the same folder are removed. Raises BadInput where the folder cannot be
     written.
     """
-    gallery = draw_all(report)
+    figures = folder / "figures"
+    gallery = draw_all(report, Album(figures))
     try:
-        figures = folder / "figures"
         figures.mkdir(parents=True, exist_ok=True)
         names = {f"{drawing.name}.svg" for drawing in gallery.drawings()}
         for old in figures.glob("*.svg"):
@@ -60,7 +61,7 @@ def write_report(report: Report, folder: Path) -> Path:
 
 def render_html(report: Report) -> str:
     """The page alone."""
-    return _render(report, draw_all(report))
+    return _render(report, draw_all(report, Album()))
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -71,7 +72,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _rows(report: Report) -> pa.Table:
-    """Every row of every study with its place, its fields, its metrics and its curve."""
+    """Every row of every study with its place, its fields, its metrics, its curve and the traces of its probes."""
     lines: list[dict[str, Any]] = []
     for result in report.results:
         for e in result.table.entries:
@@ -90,7 +91,8 @@ def _rows(report: Report) -> pa.Table:
             fields["trial/bias_init"] = str(fields["trial/bias_init"])
             curve = {f"curve/{name}": [float(v) for v in series] for name, series in e.result.curve.items()}
             metrics = {name: float(value) for name, value in e.result.metrics.items()}
-            lines.append({**place, **fields, **metrics, **curve})
+            traces = {"traces": json.dumps(e.result.plain_traces())} if e.result.traces else {}
+            lines.append({**place, **fields, **metrics, **curve, **traces})
     names = dict.fromkeys(name for line in lines for name in line)
     return pa.table({name: pa.array([line.get(name) for line in lines]) for name in names})
 
@@ -109,7 +111,7 @@ def _render(report: Report, gallery: Gallery) -> str:
         digits=words.plain, duration=words.duration, values=_values, day=_day, status=sentences.status,
         beside=sentences.beside, matters=_matters,
         conclude=lambda verdict: sentences.conclude(verdict, report.condition(verdict)),
-        badge=lambda text: text.lower().replace(" ", "-"), svg=lambda drawing: Markup(drawing.inline),
+        badge=lambda text: text.lower().replace(" ", "-"), svg=lambda drawing: Markup(drawing.svg),
         swatch=_swatch, space_words=space_words,
     )  # fmt: skip
     claim_ids = anchors("claim", [claim.id for claim, _ in report.claims])
