@@ -38,7 +38,7 @@ QUICK = Design(
         Arm("noisy 3", norm="noisy_batch", norm_options={"noise": 3}),
         Arm("layer", norm="layer", cells=("mlp8-digits",)),
     ),
-    lr=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    lr=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
     tuning="once",
     probes=PROBES,
 )

@@ -72,7 +72,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _rows(report: Report) -> pa.Table:
-    """Every row of every study with its place, its fields, its metrics, its curve and the traces of its probes."""
+    """Every row of every study with its place, its fields, its metrics, its curve and its probes' traces."""
     lines: list[dict[str, Any]] = []
     for result in report.results:
         for e in result.table.entries:
