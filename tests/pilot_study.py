@@ -60,7 +60,9 @@ def invented(trial: Trial) -> Result:
     metrics = {"chance": 0.1, "test/gap": 0.2, "test/gap_calibrated": 0.2 + luck, "norm/gamma": 0.5 + luck}
     metrics |= {"time/total_s": luck, "time/step_ms": 1 + luck, **loss, **accuracy}
     traces = {name: invented_trace(name, trial, luck) for name in trial.probes}
-    return Result("done", metrics, curve if trial.curve_points else {}, provenance={"host": "h"}, traces=traces)
+    return Result(
+        "done", metrics, curve if trial.curve_points else {}, provenance={"host": "h"}, traces=traces
+    )
 
 
 def invented_trace(name: str, trial: Trial, luck: float) -> Trace:

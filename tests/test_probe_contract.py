@@ -25,7 +25,7 @@ from bnbench.engine.chunked import Blocks, ChunkedClassifier
 from bnbench.engine.distributed import quiet_lightning, trainer_for
 from bnbench.engine.train import Place, train
 from bnbench.probes import PROBES, Moment, Probe, Trace, build_probe
-from bnbench.probes.base import untouched
+from bnbench.probes.passes import untouched
 from bnbench.registry import BadInput
 from bnbench.study.trial import Trial
 

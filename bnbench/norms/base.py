@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import types
@@ -210,11 +211,7 @@ def check_options(owner: str, layer: Callable[..., object], options: Mapping[str
 
     Raises BadInput that begins with the owner, for an option unknown, missing or of a wrong type.
     """
-    parameters = {
-        parameter.name: parameter
-        for parameter in inspect.signature(layer, eval_str=True).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
+    parameters = _options_of(layer)
     for option, value in options.items():
         if option not in parameters:
             raise BadInput(f"{owner} has no option {option!r}{nearest(option, parameters)}")
@@ -227,6 +224,16 @@ def check_options(owner: str, layer: Callable[..., object], options: Mapping[str
     for parameter in parameters.values():
         if parameter.default is parameter.empty and parameter.name not in options:
             raise BadInput(f"{owner} needs the option {parameter.name!r}")
+
+
+@functools.cache
+def _options_of(layer: Callable[..., object]) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a layer; a study asks for those of the same few thousands of times."""
+    return {
+        parameter.name: parameter
+        for parameter in inspect.signature(layer, eval_str=True).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
 
 
 def _fits(value: object, annotation: Any) -> bool:

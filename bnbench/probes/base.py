@@ -1,188 +1,28 @@
-"""What every probe shares: the registry, the callback with its schedule, and passes that leave no trace."""
+"""What every probe is: the registry, and the callback with its schedule."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
 import math
-import random
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, ParamSpec, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import lightning as L
-import numpy as np
-import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from bnbench.norms.base import check_options
+from bnbench.probes.passes import Loss, same_draws, untouched
 from bnbench.probes.trace import Reading, Trace, trace_of
 from bnbench.registry import BadInput, Registry, nearest
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-LINEAR_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: A run spends at most this share of its steps on a probe at its default schedule.
 DEFAULT_SHARE = 0.05
 
-#: What a module's own code may set on the way and is put back. Others, such as hooks, are not a module's.
-_PLAIN = (bool, int, float, str, type(None))
-#: The models that are being left untouched at this moment.
-_guarded: ContextVar[frozenset[int]] = ContextVar("guarded", default=frozenset())
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 _Probe = TypeVar("_Probe", bound="type[Probe]")
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[nn.Module]:
-    """Leave a model and all random numbers as they were: whatever happens inside is undone.
-
-    Put back are the values of parameters and buffers, the modes and other plain attributes of every module,
-    and the random states of Python, NumPy and torch. Inside, gradients are enabled, autocast is off, and
-    compiled modules run eagerly, so that hooks see every layer.
-    """
-    tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    device = tensors[0][0].device if tensors else torch.device("cpu")
-    guarded = _guarded.set(_guarded.get() | {id(model)})
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with (
-            same_draws(),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            yield model
-    finally:
-        _guarded.reset(guarded)
-        random.setstate(python)
-        np.random.set_state(numpy)
-        with torch.no_grad():
-            for tensor, value in tensors:
-                # What was not written to need not be written back, and keeps its version for autograd.
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
-        for module, kept in buffers:
-            module._buffers.update(kept)
-        for now, before in attributes:
-            for name in now.keys() - before.keys():
-                del now[name]
-            now.update((name, value) for name, value in before.items() if isinstance(value, _PLAIN))
-
-
-def leaving_no_trace(measure: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a function of a model, its first argument: it runs :func:`untouched`, or its caller does."""
-
-    @functools.wraps(measure)
-    def measured(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        model = cast(nn.Module, args[0])
-        with contextlib.nullcontext() if id(model) in _guarded.get() else untouched(model):
-            return measure(*args, **kwargs)
-
-    return measured
-
-
-def train_mode(model: nn.Module) -> None:
-    """Batch statistics and dropout, as in training; layers that their owner froze stay so.
-
-    A model that is in training mode is as its owner wants it. Another one is put there.
-    """
-    if not model.training:
-        model.train()
-
-
-@contextmanager
-def same_draws() -> Iterator[None]:
-    """Draw the same random numbers in every such block: the random state is put back at its end."""
-    # Asking a card that nobody uses for its random state would start it.
-    cards = range(torch.cuda.device_count()) if torch.cuda.memory_allocated() else []
-    with torch.random.fork_rng(cards):
-        yield
-
-
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    """The output for a batch, as the model computes it in a training step.
-
-    A module of ours whose norms take a reference batch has its own way for that, `run_training_batch`.
-    """
-    own = getattr(model, "run_training_batch", None)
-    output = own(x) if own is not None and model.training else model(x)
-    if not isinstance(output, Tensor):
-        raise BadInput(f"{type(model).__name__} gives a {type(output).__name__}; probes need one tensor")
-    return output
-
-
-def loss_of(model: nn.Module, loss: Loss | None) -> Loss:
-    """The loss asked for, else the model's own method `loss(output, y)`, else cross-entropy in nats."""
-    own = getattr(model, "loss", None)
-    return loss or (own if callable(own) else F.cross_entropy)
-
-
-def weights_of(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are learned. Raises BadInput where there are none."""
-    found = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not found:
-        raise BadInput(f"{type(model).__name__} learns nothing: all its parameters are frozen")
-    return found
-
-
-def gradients_at(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, list[Tensor]]:
-    """The loss of a batch and its gradients with respect to :func:`weights_of`, unused ones as zeros."""
-    value = loss(run(model, x), y)
-    gradients = torch.autograd.grad(value, weights_of(model), materialize_grads=True)
-    return value.detach(), list(gradients)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear map or convolution that ran: its name, its input h and its output a = W h + b."""
-
-    name: str
-    module: nn.Module
-    input: Tensor
-    output: Tensor
-
-
-def run_and_watch(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Layer]]:
-    """The output for a batch, and the linear maps and convolutions in the order in which they first ran.
-
-    The last of them is the output layer. Inputs and outputs are part of the graph of the output.
-    """
-    seen: list[Layer] = []
-
-    def keep(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        if all(layer.module is not module for layer in seen):
-            seen.append(Layer(name, module, inputs[0], output))
-        # A copy goes on, so that an activation in place does not change what is kept.
-        return output.clone()
-
-    hooks = [
-        module.register_forward_hook(functools.partial(keep, name))
-        for name, module in model.named_modules()
-        if isinstance(module, LINEAR_MAPS)
-    ]
-    try:
-        output = run(model, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not seen:
-        raise BadInput(f"{type(model).__name__} has no linear map or convolution that a probe could watch")
-    return output, seen
-
-
-def norm_of(tensors: Sequence[Tensor]) -> float:
-    """The l2 norm of all numbers of some tensors together, in float64: small gradients do not underflow."""
-    return math.sqrt(math.fsum(tensor.detach().double().square().sum().item() for tensor in tensors))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import statistics
 import torch
 from torch import Tensor, nn
 
-from bnbench.probes.base import LINEAR_MAPS, Moment, Probe, leaving_no_trace, probe, run
+from bnbench.probes.base import Moment, Probe, probe
 from bnbench.probes.batches import evaluation_mode, outputs_by_batch, training_batches
+from bnbench.probes.passes import LINEAR_MAPS, leaving_no_trace, run
 from bnbench.probes.trace import Reading
 from bnbench.registry import BadInput
 

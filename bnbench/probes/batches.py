@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnbench.norms.recalibrate import has_moments, recalibrate
 from bnbench.norms.reference import layers_with_reference, refresh_reference
-from bnbench.probes.base import run
+from bnbench.probes.passes import run
 from bnbench.registry import BadInput
 
 

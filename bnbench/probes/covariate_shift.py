@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbench.probes.base import (
+from bnbench.probes.base import Moment, Probe, probe
+from bnbench.probes.passes import (
     Layer,
     Loss,
-    Moment,
-    Probe,
     leaving_no_trace,
     loss_of,
     norm_of,
-    probe,
     run,
     run_and_watch,
     same_draws,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbench.probes.base import LINEAR_MAPS, Moment, Probe, leaving_no_trace, probe, run, train_mode
+from bnbench.probes.base import Moment, Probe, probe
+from bnbench.probes.passes import LINEAR_MAPS, leaving_no_trace, run, train_mode
 from bnbench.probes.trace import Reading
 
 #: A unit is dead that is positive for a smaller share of its inputs.

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bnbench.norms.base import widen
-from bnbench.probes.base import Moment, Probe, leaving_no_trace, probe, run_and_watch, train_mode
+from bnbench.probes.base import Moment, Probe, probe
+from bnbench.probes.passes import leaving_no_trace, run_and_watch, train_mode
 from bnbench.probes.trace import Reading
 from bnbench.registry import BadInput
 

@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnbench.norms import KeepsMoments
 from bnbench.norms.base import channel_moments
-from bnbench.probes.base import Moment, Probe, leaving_no_trace, probe, run, train_mode, untouched
+from bnbench.probes.base import Moment, Probe, probe
 from bnbench.probes.batches import evaluation_mode, outputs_by_batch, training_batches
+from bnbench.probes.passes import leaving_no_trace, run, train_mode, untouched
 from bnbench.probes.trace import Reading
 
 #: A variance below this share of the mean square is rounding: the unit is constant.

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bnbench.probes.base import Loss, Moment, Probe, leaving_no_trace, loss_of, probe, run
+from bnbench.probes.base import Moment, Probe, probe
+from bnbench.probes.passes import Loss, leaving_no_trace, loss_of, run
 from bnbench.probes.trace import Reading
 
 

@@ -9,17 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbench.probes.base import (
-    Loss,
-    Moment,
-    Probe,
-    leaving_no_trace,
-    loss_of,
-    norm_of,
-    probe,
-    run_and_watch,
-    train_mode,
-)
+from bnbench.probes.base import Moment, Probe, probe
+from bnbench.probes.passes import Loss, leaving_no_trace, loss_of, norm_of, run_and_watch, train_mode
 from bnbench.probes.trace import Reading
 
 #: So many layers at each end are no part of the slope, where enough are left.

@@ -7,17 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bnbench.probes.base import (
-    Loss,
-    Moment,
-    Probe,
-    gradients_at,
-    leaving_no_trace,
-    loss_of,
-    probe,
-    train_mode,
-)
+from bnbench.probes.base import Moment, Probe, probe
 from bnbench.probes.batches import training_batches
+from bnbench.probes.passes import Loss, gradients_at, leaving_no_trace, loss_of, train_mode
 from bnbench.probes.trace import Reading
 
 

@@ -9,18 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbench.probes.base import (
-    Loss,
-    Moment,
-    Probe,
-    leaving_no_trace,
-    loss_of,
-    norm_of,
-    probe,
-    run,
-    train_mode,
-    weights_of,
-)
+from bnbench.probes.base import Moment, Probe, probe
+from bnbench.probes.passes import Loss, leaving_no_trace, loss_of, norm_of, run, train_mode, weights_of
 from bnbench.probes.trace import Reading
 from bnbench.registry import BadInput
 

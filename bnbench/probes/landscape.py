@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbench.probes.base import (
+from bnbench.probes.base import Moment, Probe, probe
+from bnbench.probes.passes import (
     Loss,
-    Moment,
-    Probe,
     gradients_at,
     leaving_no_trace,
     loss_of,
     norm_of,
-    probe,
     train_mode,
     untouched,
     weights_of,

@@ -176,10 +176,15 @@ class Study:
     def design(self, preset: str) -> Design:
         """The design of a preset: `quick`, `full`, or `smoke` (every shape of `full` for two steps)."""
         if preset == "smoke":
-            return smallest_design(self.full)
+            return self._smallest
         if preset not in ("quick", "full"):
             raise BadInput(f"no preset named {preset!r}{nearest(preset, ('quick', 'full', 'smoke'))}")
         return self.quick if preset == "quick" else self.full
+
+    @functools.cached_property
+    def _smallest(self) -> Design:
+        """Made once: to find the smallest batch of every row, many are tried."""
+        return smallest_design(self.full)
 
     def cells_of(self, hypothesis: Hypothesis, preset: str) -> tuple[Cell, ...]:
         """The cells of a preset that a hypothesis speaks of."""
