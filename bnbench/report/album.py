@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,7 +35,8 @@ class Album:
 
         A file is taken where this name was drawn from equal content by the same code.
         """
-        shown = pickle.dumps((draw.__qualname__, name, content, looks))
+        # What is drawn is plain values, which are equal where their texts are.
+        shown = repr((draw.__qualname__, name, content, looks)).encode()
         key = hashlib.sha256(_code() + shown).hexdigest()[:32]
         return self._kept(name, key) or replace(draw(name, *content, **looks), key=key)
 
