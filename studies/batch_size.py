@@ -21,6 +21,7 @@ from studies import convergence
 
 QUICK = replace(
     convergence.QUICK,
+    probes={},
     tuning="once",
     timing_steps=0,
     cells=(
@@ -46,6 +47,7 @@ QUICK = replace(
 
 FULL = replace(
     convergence.FULL,
+    probes={},
     tuning="once",
     timing_steps=0,
     cells=(
