@@ -261,21 +261,20 @@ def test_a_depth_curve_compares_the_first_reading_with_the_last(groups: list[Gro
     assert ">before training<" in single and ">after step" not in single
 
 
-def test_both_kinds_of_confirmed_trainings_are_told_apart(result: StudyResult) -> None:
+def test_names_that_differ_in_signs_alone_have_figures_of_their_own(result: StudyResult) -> None:
     trace = Trace(steps=(0, 1), values={"v": (1.0, 2.0)})
     rows = result.table.of(cell="mlp · digits", arm="batch")
-    rows = tuple(replace(e, result=replace(e.result, traces={"a_b": trace, "a-b": trace})) for e in rows)
-    both = Table((*rows, *(replace(e, role="common") for e in rows)))
-    found = probe_groups(Album(), "study", replace(result, table=both), STYLES)
-    own, common = ", each arm at its own best setting", ", all arms at the common learning rate"
-    titles = [f"Probe: {name}{which}" for which in (own, common) for name in ("a-b", "a b")]
-    assert [group.title for group in found] == titles
-    assert len({drawing.name for group in found for _, drawing in group.drawings}) == 4
+    own = tuple(replace(e, result=replace(e.result, traces={"a_b": trace, "a-b": trace})) for e in rows)
+    found = probe_groups(Album(), "study", replace(result, table=Table(own)), STYLES)
+    assert [group.title for group in found] == ["Probe: a-b", "Probe: a b"]
+    assert len({drawing.name for group in found for _, drawing in group.drawings}) == 2
 
 
-def test_tuning_rows_and_rows_without_traces_draw_nothing(result: StudyResult) -> None:
+def test_rows_at_another_setting_than_their_own_and_without_traces_draw_nothing(result: StudyResult) -> None:
     bare = [replace(e, result=replace(e.result, traces={})) for e in result.table.entries if e.role == "own"]
-    tuned = [replace(e, role="tune") for e in result.table.entries if e.role == "own"]
+    tuned = [
+        replace(e, role=role) for e in result.table.entries if e.role == "own" for role in ("tune", "common")
+    ]
     for entries in (bare, tuned):
         assert probe_groups(Album(), "study", replace(result, table=Table(tuple(entries))), STYLES) == []
 
@@ -286,7 +285,7 @@ def test_a_sweep_shows_the_best_of_each_grid(result: StudyResult) -> None:
     worse = [replace(e, result=replace(e.result, metrics={"val/acc": 0.2}, traces={
         "gradient_flow": Trace(steps=(0,), values={"factor": (99.0,)})})) for e in own]  # fmt: skip
     swept = replace(result, study=study, table=Table((*worse, *own)))
-    traces = traces_of(swept, "mlp · digits", "own")["gradient_flow"]["batch"]
+    traces = traces_of(swept, "mlp · digits")["gradient_flow"]["batch"]
     assert len(traces) == result.design.replicates and all(len(t.index) == LAYERS for t in traces)
 
 

@@ -226,6 +226,7 @@ def _draw_colour_bar(figure: Figure, first: Any, words: str, limits: tuple[float
     bar.grid(False)
     if log:
         ticks = log_ticks(10**low, 10**high)
+        ticks = ticks[:: math.ceil(len(ticks) / 5)]  # words of five letters and more
         bar.set_xticks([math.log10(tick) for tick in ticks], [short(tick) for tick in ticks])
     else:
         bar.xaxis.set_major_locator(MaxNLocator(5))

@@ -27,13 +27,7 @@ from bnbench.report.probe_summaries import (
 from bnbench.report.probe_views import VIEWS, Quantity, View, plain_view
 from bnbench.report.result import StudyResult
 from bnbench.report.summaries import Band
-from bnbench.study.table import Role
 
-#: The trainings whose traces are shown, and what is said of them where there are both.
-_TRAININGS: Mapping[Role, str] = {
-    "own": ", each arm at its own best setting",
-    "common": ", all arms at the common learning rate",
-}
 _LINES = (
     " Line: median over the replicates with probes. Band: their middle half. A training that diverges counts"
     " up to its last reading."
@@ -44,28 +38,23 @@ _COLOURS = " Heat maps show medians, a column a reading, blank where there is no
 def probe_groups(album: Album, name: str, result: StudyResult, styles: Mapping[str, ArmStyle]) -> list[Group]:
     """The figures of all that probes recorded in a study; none where no row has a trace.
 
-    A probe without a view of its own, as from a plug-in, has its values drawn over steps.
+    Each arm is shown at its own setting. A probe without a view of its own, as from a plug-in, has its values
+    drawn over steps.
     """
-    found = {
-        role: {cell.name: traces_of(result, cell.name, role) for cell in result.design.cells}
-        for role in _TRAININGS
-    }
-    found = {role: by_cell for role, by_cell in found.items() if any(by_cell.values())}
+    by_cell = {cell.name: traces_of(result, cell.name) for cell in result.design.cells}
+    recorded = {probe for traces in by_cell.values() for probe in traces}
     groups = [growth_group(album, name, result, styles)]
-    for role, by_cell in found.items():
-        recorded = {probe for traces in by_cell.values() for probe in traces}
-        ordered = (*(probe for probe in VIEWS if probe in recorded), *sorted(recorded - VIEWS.keys()))
-        for number, probe in enumerate(ordered, start=1):
-            cells = {cell: traces[probe] for cell, traces in by_cell.items() if probe in traces}
-            view = VIEWS.get(probe) or plain_view(probe, _values(cells.values()))
-            drawings = [
-                drawing
-                for i, (cell, arms) in enumerate(cells.items(), start=1)
-                for drawing in _drawings(album, f"{name}-probe-{role}-{number}-{i}", view, cell, arms, styles)
-            ]
-            title = view.title + _TRAININGS[role] * (len(found) > 1)
-            caption = view.caption + _LINES + _COLOURS * bool(view.heat_maps)
-            groups.append(Group(title, caption, tuple(drawings)))
+    ordered = (*(probe for probe in VIEWS if probe in recorded), *sorted(recorded - VIEWS.keys()))
+    for number, probe in enumerate(ordered, start=1):
+        cells = {cell: traces[probe] for cell, traces in by_cell.items() if probe in traces}
+        view = VIEWS.get(probe) or plain_view(probe, _values(cells.values()))
+        drawings = [
+            drawing
+            for i, (cell, arms) in enumerate(cells.items(), start=1)
+            for drawing in _drawings(album, f"{name}-probe-{number}-{i}", view, cell, arms, styles)
+        ]
+        caption = view.caption + _LINES + _COLOURS * bool(view.heat_maps)
+        groups.append(Group(view.title, caption, tuple(drawings)))
     return [group for group in groups if group.drawings]
 
 
