@@ -1,5 +1,6 @@
 """What holds for all estimands, and what they ask of single rows."""
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -7,6 +8,7 @@ import math
 
 import pytest
 
+from bnbench.probes import Trace
 from bnbench.registry import BadInput
 from bnbench.study import estimands
 from bnbench.study.estimands import (
@@ -76,7 +78,11 @@ SCALED = (("batch", 0.1), ("none", 1.0))
 BOUND = {
     "accuracy_difference": PAIR,
     "area_difference": PAIR,
+    "best_accuracy_difference": PAIR,
     "best_difference": GROUPS,
+    "flow_against_theory": {"arm": "batch"},
+    "flow_gain": PAIR,
+    "flow_repair": {"arm": "batch", "late": 100},
     "init_scale_width_difference": {"better": SCALED, "other": SCALED},
     "interaction": {
         "treated": ("batch",),
@@ -92,6 +98,13 @@ BOUND = {
         "other_large": "none",
         "other_small": "batch",
     },
+    "log_probe_ratio": {
+        "larger": "batch",
+        "smaller": "none",
+        "probe": "gradient_flow",
+        "value": "factor",
+    },
+    "log_steps_allowance": {**PAIR, "times": 1.0},
     "log_steps_ratio": PAIR,
     "log_time_ratio": PAIR,
     "lr_width_difference": PAIR,
@@ -124,6 +137,15 @@ def test_every_estimand_takes_names_only_says_its_unit_and_gives_zero_for_equal_
             for role in ("own", "timing")
         ),
         *(row for arm in ("batch", "none") for row in sweep(arm, [(0.1, 0.5), (1, 0.9)])),
+    )
+    factor = estimands.mean_field_factor(64)
+    values = {"factor": (factor,) * 2, "log_factor": (math.log(factor),) * 2}
+    traces = {"gradient_flow": Trace(steps=(0, 100), values=values)}
+    rows = dataclasses.replace(
+        rows,
+        entries=tuple(
+            dataclasses.replace(e, result=dataclasses.replace(e.result, traces=traces)) for e in rows.entries
+        ),
     )
     estimate = function(rows, **BOUND[name])
     expected = 1.0 if name == "spread_shrinkage" else 0.0

@@ -19,9 +19,8 @@ from bnbench.study.estimands import (
     log_steps_allowance,
     log_steps_ratio,
     mean_field_factor,
-    probed,
-    probed_row,
 )
+from bnbench.study.estimands.probes import probed, probed_row
 
 
 def trace(**values: tuple[float, ...]) -> Trace:

@@ -17,7 +17,7 @@ from bnbench.record import Record
 from bnbench.study.table import Entry, Result, Role
 from bnbench.study.trial import Trial
 from bnbench.tracking import LiveLog, Place, Publisher, publish
-from bnbench.tracking.draft import METRICS, MOST_METRICS, Definition, Draft, training_draft
+from bnbench.tracking.draft import METRICS, MOST_METRICS, YIELDING, Definition, Draft, training_draft
 from bnbench.tracking.store import Store
 from tests.probe_traces import TRACES
 from tests.tracking_records import (
@@ -112,42 +112,58 @@ def test_a_probed_training_has_its_values_over_the_steps_and_all_in_one_file(
     }
 
 
+#: Metrics that a probed run keeps, and a trace with more values than there is room for.
+KEPT = tuple(name for name in METRICS if name not in YIELDING)
+MANY = {"p": Trace(steps=(40,), values={f"v{i}": (1.0,) for i in range(9)})}
+
+
 def test_a_run_has_15_metrics_at_most_and_names_the_values_that_are_only_in_the_file(
     runs: Path, store: Store
 ) -> None:
     scores = {name: 0.5 for name in METRICS if name not in ("train/steps", "steps_to_target")}
     curve = {"step": (10.0, 40.0), "val/acc": (0.1, 0.2)}  # It never reaches the target.
     with doctored_record(runs, replicates=range(1)) as record:
-        add(record, probed(metrics=scores, curve=curve))
+        add(record, probed(metrics=scores, curve=curve, traces=MANY))
         assert publish(record, store).error == ""
     (run,) = [r for r in runs_of(store, MAIN) if r.info.run_name == NAME]
     assert len(run.data.metrics) == MOST_METRICS == 15
-    assert run.data.metrics.keys() >= scores.keys()
-    assert histories(store, run) == {key: SHOWN[key] for key in list(SHOWN)[:2]}
-    assert run.data.tags["mlflow.note.content"] == "Only in probes.json: probe/landscape/range"
-    assert json.loads(file_of(store, run, "probes.json"))["landscape"]["values"]["range"] == [0.75]
+    kept = scores.keys() - set(YIELDING)
+    assert run.data.metrics.keys() >= kept
+    shown = 15 - len(kept)
+    assert histories(store, run) == {f"probe/p/v{i}": {40: 1.0} for i in range(shown)}
+    hidden = ", ".join(f"probe/p/v{i}" for i in range(shown, 9))
+    assert run.data.tags["mlflow.note.content"] == f"Only in probes.json: {hidden}"
+    assert json.loads(file_of(store, run, "probes.json"))["p"]["values"]["v8"] == [1.0]
 
 
 @pytest.mark.parametrize("free", range(5))
 def test_values_of_probes_take_what_other_metrics_leave(free: int) -> None:
-    names = METRICS[: MOST_METRICS - free]
-    draft = draft_of(probed(metrics=dict.fromkeys(names, 40.0), curve={}))
-    assert probe_series(draft) == {key: SHOWN[key] for key in list(SHOWN)[:free]}
-    assert {point.key for point in draft.points} >= set(names)
-    assert len({point.key for point in draft.points}) == min(15, len(names) + len(SHOWN))
+    names = KEPT[: len(KEPT) - free]
+    draft = draft_of(probed(metrics=dict.fromkeys((*names, *YIELDING), 40.0), curve={}, traces=MANY))
+    room = MOST_METRICS - len(names)
+    assert list(probe_series(draft)) == [f"probe/p/v{i}" for i in range(9)][:room]
+    assert {point.key for point in draft.points} == {*names, *probe_series(draft)}
+
+
+def test_a_run_without_probes_keeps_all_its_metrics() -> None:
+    draft = draft_of(probed(metrics=dict.fromkeys(METRICS, 40.0), curve={}, traces={}))
+    assert {point.key for point in draft.points} == set(METRICS)
 
 
 def test_a_metric_that_is_not_finite_leaves_its_place_to_a_probe() -> None:
-    draft = draft_of(probed(metrics=dict.fromkeys(METRICS, 40.0) | {"test/loss": math.inf}, curve={}))
-    assert list(probe_series(draft)) == list(SHOWN)[:1]
+    scores = dict.fromkeys(METRICS, 40.0) | {"test/loss": math.inf}
+    draft = draft_of(probed(metrics=scores, curve={}, traces=MANY))
+    assert len(probe_series(draft)) == MOST_METRICS - len(KEPT) + 1
 
 
 def test_a_diverged_training_says_why_and_what_is_in_the_file() -> None:
     scores = dict.fromkeys(METRICS, 40.0)
-    draft = draft_of(probed(status="diverged", reason="the loss became NaN", metrics=scores, curve={}))
+    changes = {"status": "diverged", "reason": "the loss became NaN", "metrics": scores, "curve": {}}
+    draft = draft_of(probed(**changes, traces=MANY))
+    hidden = ", ".join(f"probe/p/v{i}" for i in range(MOST_METRICS - len(KEPT), 9))
     assert draft.tags["mlflow.note.content"].split("\n\n") == [
         "diverged: the loss became NaN",
-        f"Only in probes.json: {', '.join(SHOWN)}",
+        f"Only in probes.json: {hidden}",
     ]
     many = {f"v{i:03}": (1.0,) for i in range(1000)}
     draft = draft_of(probed(metrics=scores, traces={"p": Trace(steps=(40,), values=many)}))

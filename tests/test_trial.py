@@ -41,7 +41,7 @@ ANOTHER = {
     "augment": "crop-flip", "model": "cnn", "model_options": {"width": 8}, "norm": "layer",
     "norm_options": {"eps": 0.1}, "reparam": "weight_norm", "order": "act-norm", "activation": "tanh",
     "last_norm_options": {"gamma_init": 0.5}, "logit_scale": 0.5, "gamma_decay": 0.1,
-    "until_train_nll": 0.3, "repeat": 1, "alone": True,
+    "until_train_nll": 0.3, "probes": {"rank": {"steps": [0]}}, "repeat": 1, "alone": True,
     "dropout": 0.1, "dropout_at": "last", "init": "xavier", "init_scale": 2.0, "bias_init": 0.5,
     "optimizer": "sgd", "lr": 0.2, "momentum": 0.5, "weight_decay": 0.1, "decay_norm": True,
     "schedule": "constant", "warmup": 0.5, "clip_norm": 1.0, "label_smoothing": 0.1, "batch_size": 32,

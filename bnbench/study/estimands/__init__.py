@@ -11,7 +11,7 @@ from bnbench.study.estimands.gradients import (
     flow_repair,
     mean_field_factor,
 )
-from bnbench.study.estimands.probes import best_accuracy_difference, log_probe_ratio, probed, probed_row
+from bnbench.study.estimands.probes import best_accuracy_difference, log_probe_ratio
 from bnbench.study.estimands.rows import TRAINS_AT_ALL, stuck, stuck_share
 from bnbench.study.estimands.scores import (
     accuracy_difference,
@@ -62,8 +62,6 @@ __all__ = [
     "mean_field_factor",
     "metric_change",
     "metric_slope",
-    "probed",
-    "probed_row",
     "rising_doses",
     "spread_shrinkage",
     "steps_to_target",

@@ -38,9 +38,10 @@ def log_factor(replicate: Replicate, arm: str, step: int, role: ProbedRole) -> f
 def flow_gain(
     replicate: Replicate, *, better: str, other: str, step: int = 0, role: ProbedRole = "best"
 ) -> float:
-    """By how much an arm's gradient keeps its size better than another's: |log f_other| − |log f_better|.
+    """By how much an arm's gradient keeps its size better than another's, as a natural logarithm a layer.
 
-    f is the factor a layer after `step` optimizer steps; 1 is perfect, larger explodes, smaller vanishes.
+    |log f_other| − |log f_better|; f is the factor a layer after `step` optimizer steps; 1 is perfect, larger
+    explodes, smaller vanishes.
     """
     return abs(log_factor(replicate, other, step, role)) - abs(log_factor(replicate, better, step, role))
 
@@ -48,11 +49,17 @@ def flow_gain(
 def flow_repair(
     replicate: Replicate, *, arm: str, early: int = 0, late: int, role: ProbedRole = "best"
 ) -> float:
-    """By how much training brings an arm's factor towards 1: |log f(early)| − |log f(late)|."""
+    """By how much training brings an arm's factor towards 1, as a natural logarithm a layer.
+
+    |log f(early)| − |log f(late)|, f at two steps.
+    """
     return abs(log_factor(replicate, arm, early, role)) - abs(log_factor(replicate, arm, late, role))
 
 
 def flow_against_theory(replicate: Replicate, *, arm: str, step: int = 0, role: ProbedRole = "best") -> float:
-    """log f − log of :func:`mean_field_factor` at the row's batch size."""
+    """By how much an arm's factor differs from its theory, as a natural logarithm a layer.
+
+    log f − log of :func:`mean_field_factor` at the row's batch size.
+    """
     batch_size = probed_row(replicate, arm, role).trial.batch_size
     return log_factor(replicate, arm, step, role) - math.log(mean_field_factor(batch_size))

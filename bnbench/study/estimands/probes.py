@@ -78,6 +78,6 @@ def log_probe_ratio(
 def best_accuracy_difference(
     replicate: Replicate, *, better: str, other: str, metric: str = "val/acc"
 ) -> float:
-    """The better arm's validation accuracy minus the other's, each at its best rate of a sweep, in points."""
+    """The better arm's accuracy minus the other's, each at its best rate of a sweep: percentage points."""
     rows = [probed_row(replicate, arm, "best") for arm in (better, other)]
     return 100 * (rows[0][metric] - rows[1][metric])
