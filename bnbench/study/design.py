@@ -206,7 +206,7 @@ class Design:
     def trial(self, cell: Cell, arm: Arm, replicate: int, **point: Any) -> Trial:
         """The row of an arm in a cell, with the replicate's data and seed."""
         row = self.base.replace(**{**cell.changes, **arm.changes, **point, **self.seeds(replicate)})
-        return smoke.smallest(row, self.probes) if self.smoke else row
+        return smoke.smallest(row) if self.smoke else row
 
     def seeds(self, replicate: int) -> dict[str, int]:
         """The seeds of a replicate: the base's, plus its number."""
@@ -261,6 +261,7 @@ def smallest_design(full: Design) -> Design:
         trials=1 if any(arm.space for arm in arms) else 0,
         curve_points=min(smoke.CURVE_POINTS, full.curve_points),
         timing_steps=min(smoke.STEPS, full.timing_steps),
+        probes=smoke.cheap(full.probes),
         smoke=True,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from bnbench.registry import BadInput
 from bnbench.study.space import Space, fields_of
@@ -15,28 +16,35 @@ LEAST_BATCH = 8
 #: So many samples are evaluated: to evaluate a large network takes longer than two steps of it.
 EVALUATED = 8
 CURVE_POINTS = 1
+#: A probe that costs more training steps a reading is left out: with a large network it takes minutes.
+MOST_PASSES = 10
 _DECIDED = ("steps", "batch_size", "n_train", "n_eval", "data_options")
 
 
-def smallest(trial: Trial, probes: Iterable[str] = ()) -> Trial:
-    """The row for two steps of the smallest batch that its norms take, on no more data than they need.
+def smallest(trial: Trial) -> Trial:
+    """The row for two steps of the smallest batch that its norms take, on no more data than that.
 
-    Probes may need several batches of data. Data that would have to be downloaded are made up. Raises
-    BadInput for unknown data.
+    Data that would have to be downloaded are made up. Raises BadInput for unknown data.
     """
     # Brings torch.
     from bnbench.data import DATASETS
-    from bnbench.probes import PROBES
 
     row = trial.replace(steps=STEPS, batch_size=_smallest_batch(trial))
     options = {**trial.data_options, **DATASETS[trial.data].offline}
-    batches = max((PROBES[name].probe.batches for name in probes), default=1)
-    changes = {"n_train": batches * row.global_batch, "n_eval": EVALUATED, "data_options": options}
+    changes = {"n_train": row.global_batch, "n_eval": EVALUATED, "data_options": options}
     for name in ("norm_options", "last_norm_options"):
         given = getattr(trial, name)
         if "reference_size" in given:
             changes[name] = {**given, "reference_size": min(given["reference_size"], row.batch_size)}
     return row.replace(**changes)
+
+
+def cheap(probes: Mapping[str, Any]) -> dict[str, Any]:
+    """The probes whose reading takes no longer than all else that is done with such a row."""
+    # Brings torch.
+    from bnbench.probes import PROBES
+
+    return {name: options for name, options in probes.items() if PROBES[name].probe.passes <= MOST_PASSES}
 
 
 def left_of(space: Space | Mapping[str, Space]) -> Space | dict[str, Space]:
