@@ -1,13 +1,16 @@
-"""A dictionary of named things that finds its entries by itself and explains a miss."""
+"""A dictionary of named things that finds its entries by itself and explains a miss; options likewise."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
 
@@ -77,3 +80,54 @@ class Registry(Mapping[str, T], Generic[T]):
     def __len__(self) -> int:
         self._discover()
         return len(self._entries)
+
+
+def check_options(owner: str, layer: Callable[..., object], options: Mapping[str, object]) -> None:
+    """Hold options against the keyword-only parameters of a layer and their annotations.
+
+    Raises BadInput that begins with the owner, for an option unknown, missing or of a wrong type.
+    """
+    parameters = _options_of(layer)
+    for option, value in options.items():
+        if option not in parameters:
+            raise BadInput(f"{owner} has no option {option!r}{nearest(option, parameters)}")
+        annotation = parameters[option].annotation
+        if get_origin(annotation) is Literal:
+            check_choice(f"{owner}: {option}", value, get_args(annotation))
+        elif not _fits(value, annotation):
+            wanted = annotation.__name__ if isinstance(annotation, type) else annotation
+            raise BadInput(f"{owner}: {option} must be {wanted}, not {value!r}")
+    for parameter in parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in options:
+            raise BadInput(f"{owner} needs the option {parameter.name!r}")
+
+
+@functools.cache
+def _options_of(layer: Callable[..., object]) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a layer; a study asks for those of the same few thousands of times."""
+    return {
+        parameter.name: parameter
+        for parameter in inspect.signature(layer, eval_str=True).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(_fits(value, member) for member in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    if annotation is None or annotation is types.NoneType:
+        return value is None
+    if annotation in (int, float):
+        number = int if annotation is int else (int, float)
+        return isinstance(value, number) and not isinstance(value, bool)
+    # bool, str and classes; annotations of other kinds are for the layer to check.
+    return not isinstance(annotation, type) or isinstance(value, annotation)
+
+
+def check_choice(option: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return the value. Raises BadInput unless it is one of the choices."""
+    if value not in choices:
+        raise BadInput(f"{option} cannot be {value!r}{nearest(str(value), choices)}")
+    return str(value)

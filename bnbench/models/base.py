@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from bnbench.norms import NORMS, build_norm
-from bnbench.norms.base import check_options
 from bnbench.norms.reparam import REPARAMS, apply_reparam
-from bnbench.registry import BadInput, Registry, nearest
+from bnbench.registry import BadInput, Registry, check_options, nearest
 
 ORDERS = ("norm-act", "act-norm", "pre-act", "post-add")
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {

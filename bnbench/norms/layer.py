@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from bnbench.norms.base import (
     add_affine,
     channels_adjacent,
-    check_choice,
     check_eps,
     match,
     norm,
@@ -19,6 +18,7 @@ from bnbench.norms.base import (
     show_options,
     widen,
 )
+from bnbench.registry import check_choice
 
 
 def layer_norm(x: Tensor, *, over: str = "sample", eps: float = 1e-5, gamma_init: float = 1.0) -> Tensor:

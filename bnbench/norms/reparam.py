@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm as torch_weight_norm
 
-from bnbench.norms.base import check_eps, check_options
-from bnbench.registry import BadInput, Registry
+from bnbench.norms.base import check_eps
+from bnbench.registry import BadInput, Registry, check_options
 
 Apply = Callable[..., None]
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from bnbench.norms.base import (
     add_affine,
     channels_adjacent,
-    check_choice,
     check_eps,
     match,
     norm,
@@ -18,6 +17,7 @@ from bnbench.norms.base import (
     show_options,
     widen,
 )
+from bnbench.registry import check_choice
 
 
 def rms_norm(x: Tensor, *, over: str = "channels", eps: float = 1e-6) -> Tensor:

@@ -14,10 +14,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bnbench.norms.base import check_options
 from bnbench.probes.passes import Loss, same_draws, untouched
 from bnbench.probes.trace import Reading, Trace, trace_of
-from bnbench.registry import BadInput, Registry, nearest
+from bnbench.registry import BadInput, Registry, check_options, nearest
 
 #: A run spends at most this share of its steps on a probe at its default schedule.
 DEFAULT_SHARE = 0.05
