@@ -66,9 +66,15 @@ PRIMARY = ("mlp30-digits", "cnn20-mnist1d", "mlp30-cifar10", "cnn20-cifar10")
 SECONDARY = (*(name for name in PLAIN if name not in PRIMARY), "vgg16-cifar10")
 SKIPS = ("resnet20-digits", "resnet56-cifar10")
 OTHERS = {
-    "he": ("He's initialization", {"norm": "none"}),
-    "xavier": ("Xavier's initialization", {"norm": "none", "init": "xavier"}),
-    "torch": ("torch's default initialization", {"norm": "none", "init": "torch"}),
+    "he": "He's initialization",
+    "xavier": "Xavier's initialization",
+    "torch": "torch's default initialization",
+}
+# The arms that are compared at initialization alone, beside batch normalization and He's.
+BESIDE = {
+    "xavier": {"norm": "none", "init": "xavier"},
+    "torch": {"norm": "none", "init": "torch"},
+    "layer": {"norm": "layer"},
 }
 
 QUICK = Design(
@@ -79,11 +85,7 @@ QUICK = Design(
         Arm("he", norm="none", cells=tuple(cell.name for cell in (*QUICK_COMPARED, *QUICK_DEPTHS))),
         *(
             Arm(name, cells=tuple(cell.name for cell in QUICK_COMPARED), **changes)
-            for name, changes in (
-                ("xavier", OTHERS["xavier"][1]),
-                ("torch", OTHERS["torch"][1]),
-                ("layer", {"norm": "layer"}),
-            )
+            for name, changes in BESIDE.items()
         ),
     ),
     lr=(0.003, 0.02),
@@ -100,11 +102,7 @@ FULL = Design(
         Arm("he", norm="none", cells=tuple(cell.name for cell in (*FULL_TRAINED, *FULL_DEPTHS))),
         *(
             Arm(name, cells=tuple(cell.name for cell in FULL_TRAINED), **changes)
-            for name, changes in (
-                ("xavier", OTHERS["xavier"][1]),
-                ("torch", OTHERS["torch"][1]),
-                ("layer", {"norm": "layer"}),
-            )
+            for name, changes in BESIDE.items()
         ),
     ),
     lr=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
@@ -138,7 +136,7 @@ STUDY = Study(
                 ("C4.b2", False, SECONDARY),
                 ("C4.e", False, SKIPS),
             )
-            for other, (words, _) in OTHERS.items()
+            for other, words in OTHERS.items()
         ),
         Hypothesis(
             name="C4.a",
