@@ -78,7 +78,14 @@ def fit_plain(norm: str, probes: list[Probe]) -> NormClassifier:
     module = NormClassifier(**arguments(norm))
     data = samples()
     loader = DataLoader(TensorDataset(data.x, data.y), batch_size=8, shuffle=True, drop_last=True)
-    trainer = L.Trainer(
+    with quiet_lightning():
+        plain_trainer(probes).fit(module, loader)
+    return module
+
+
+def plain_trainer(probes: list[Probe]) -> L.Trainer:
+    """A Trainer as anyone has it, for a few steps."""
+    return L.Trainer(
         max_steps=STEPS,
         callbacks=list(probes),
         logger=False,
@@ -87,9 +94,6 @@ def fit_plain(norm: str, probes: list[Probe]) -> NormClassifier:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with quiet_lightning():
-        trainer.fit(module, loader)
-    return module
 
 
 def state_of(module: L.LightningModule) -> list[Tensor]:
@@ -237,15 +241,7 @@ def test_a_probe_works_on_a_module_that_is_not_ours(name: str) -> None:
         data = samples(64)
         loader = DataLoader(TensorDataset(data.x, data.y), batch_size=8, shuffle=True)
         module = Foreign()
-        L.Trainer(
-            max_steps=STEPS,
-            callbacks=list(probes),
-            logger=False,
-            accelerator="cpu",
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).fit(module, loader)
+        plain_trainer(probes).fit(module, loader)
         ended.append(state_of(module))
     assert is_same(*ended)
     assert probes[0].trace.steps == (0, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 
 from bnbench.probes.base import Moment, Probe, probe
 from bnbench.probes.batches import evaluation_mode, outputs_by_batch, training_batches
-from bnbench.probes.passes import LINEAR_MAPS, leaving_no_trace, run
+from bnbench.probes.passes import check_seen, is_linear_map, leaving_no_trace, run, watching
 from bnbench.probes.trace import Reading
-from bnbench.registry import BadInput
 
 #: Random batches over which the statistics of a layer are taken.
 DRAWN_BATCHES = 128
@@ -99,18 +97,9 @@ def _run_and_watch(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, tuple
             values = units_last.double().reshape(len(output), -1, units_last.shape[-1])
             moments[name] = (values.mean(1), values.square().mean(1))
 
-    hooks = [
-        module.register_forward_hook(functools.partial(keep, name))
-        for name, module in model.named_modules()
-        if isinstance(module, LINEAR_MAPS)
-    ]
-    try:
+    with watching(model, is_linear_map, keep):
         output = run(model, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not moments:
-        raise BadInput(f"{type(model).__name__} has no linear map or convolution that a probe could watch")
+    check_seen(model, moments)
     return output, moments
 
 
@@ -118,7 +107,7 @@ def _normalized_sizes(model: nn.Module, batch_size: int) -> dict[str, int]:
     """By linear map, how many samples share the statistics of the norm behind it."""
     sizes: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LINEAR_MAPS):
+        if is_linear_map(module):
             sizes[name] = batch_size
         elif sizes and hasattr(module, "ghost_size"):
             sizes[next(reversed(sizes))] = int(module.ghost_size)

@@ -14,6 +14,7 @@ from bnbench.probes.base import Moment, Probe, probe
 from bnbench.probes.passes import (
     Layer,
     Loss,
+    check_relative_step,
     leaving_no_trace,
     loss_of,
     norm_of,
@@ -110,10 +111,7 @@ def measure_covariate_shift(
 def _check(layers: int | None, relative_step: float) -> None:
     if layers is not None and layers < 1:
         raise BadInput(f"probe 'covariate_shift': layers must be 1 or more, or None for all, not {layers!r}")
-    if not 0 < relative_step < math.inf:
-        raise BadInput(
-            f"probe 'covariate_shift': relative_step must be a positive number, not {relative_step!r}"
-        )
+    check_relative_step("covariate_shift", relative_step)
 
 
 def _spread(maps: list[Layer], count: int | None) -> list[Layer]:

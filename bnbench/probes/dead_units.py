@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbench.probes.base import Moment, Probe, probe
-from bnbench.probes.passes import LINEAR_MAPS, leaving_no_trace, run, train_mode
+from bnbench.probes.passes import is_linear_map, leaving_no_trace, run, train_mode, watching
 from bnbench.probes.trace import Reading
 
 #: A unit is dead that is positive for a smaller share of its inputs.
@@ -42,7 +41,7 @@ def measure_dead_units(model: nn.Module, x: Tensor, y: Tensor) -> Reading:
     calls: list[tuple[str, str, Tensor]] = []
     axis = 1
 
-    def note_axis(module: nn.Module, *_: Any) -> None:
+    def note_axis(name: str, module: nn.Module, *_: Any) -> None:
         nonlocal axis
         axis = -1 if isinstance(module, nn.Linear) else 1
 
@@ -53,19 +52,12 @@ def measure_dead_units(model: nn.Module, x: Tensor, y: Tensor) -> Reading:
         stuck = is_stuck(units).to(units.dtype).masked_fill(units.isnan().any(1), math.nan)
         calls.append((kind, name, stuck))
 
-    named = list(model.named_modules())
-    hooks = [m.register_forward_hook(note_axis) for _, m in named if isinstance(m, LINEAR_MAPS)]
-    hooks += [
-        module.register_forward_hook(functools.partial(note_call, name))
-        for name, module in named
-        if type(module) in _KINDS
-    ]
-    try:
-        with torch.no_grad():
-            run(model, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with (
+        watching(model, is_linear_map, note_axis),
+        watching(model, lambda module: type(module) in _KINDS, note_call),
+        torch.no_grad(),
+    ):
+        run(model, x)
     return Reading(
         {kind: _share([stuck for own, _, stuck in calls if own == kind]) for kind in _NAMES},
         {

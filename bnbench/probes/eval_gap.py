@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from bnbench.norms import KeepsMoments
 from bnbench.norms.base import channel_moments
 from bnbench.probes.base import Moment, Probe, probe
 from bnbench.probes.batches import evaluation_mode, outputs_by_batch, training_batches
-from bnbench.probes.passes import leaving_no_trace, run, train_mode, untouched
+from bnbench.probes.passes import leaving_no_trace, run, train_mode, untouched, watching
 from bnbench.probes.trace import Reading
 
 #: A variance below this share of the mean square is rounding: the unit is constant.
@@ -87,16 +86,8 @@ def _run_and_watch_norms(
     def keep(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.setdefault(name, []).append(channel_moments(inputs[0]))
 
-    hooks = [
-        module.register_forward_pre_hook(functools.partial(keep, name))
-        for name, module in model.named_modules()
-        if _has_running_statistics(module)
-    ]
-    try:
+    with watching(model, _has_running_statistics, keep, before=True):
         return torch.cat([run(model, batch) for batch in batches]), seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _has_running_statistics(module: nn.Module) -> bool:

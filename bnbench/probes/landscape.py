@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bnbench.probes.base import Moment, Probe, probe
 from bnbench.probes.passes import (
     Loss,
+    check_relative_step,
     gradients_at,
     leaving_no_trace,
     loss_of,
@@ -21,7 +22,6 @@ from bnbench.probes.passes import (
     weights_of,
 )
 from bnbench.probes.trace import Reading
-from bnbench.registry import BadInput
 
 #: The points looked at, in steps of gradient descent.
 MULTIPLES = (0.5, 1.0, 2.0, 4.0)
@@ -55,7 +55,7 @@ def measure_landscape(
     `_common`. Raises BadInput unless relative_step is positive and finite.
     Source: Santurkar et al. 2018 (arXiv:1805.11604), section 3.2; the common step is ours.
     """
-    _check(relative_step)
+    check_relative_step("landscape", relative_step)
     train_mode(model)
     loss = loss_of(model, loss)
     with untouched(model):
@@ -96,17 +96,12 @@ def _largest(numbers: Sequence[float]) -> float:
     return max(numbers) if all(map(math.isfinite, numbers)) else math.nan
 
 
-def _check(relative_step: float) -> None:
-    if not 0 < relative_step < math.inf:
-        raise BadInput(f"probe 'landscape': relative_step must be a positive number, not {relative_step!r}")
-
-
 @probe("landscape", passes=20, paper="arXiv:1805.11604")
 class Landscape(Probe):
     """Loss range, gradient predictiveness and β-smoothness along a step; see :func:`measure_landscape`."""
 
     def __init__(self, *, relative_step: float = 0.01, **schedule: Any) -> None:
-        _check(relative_step)
+        check_relative_step("landscape", relative_step)
         super().__init__(**schedule)
         self.relative_step = relative_step
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bnbench.models.base import LINEAR_MAPS
 from bnbench.registry import BadInput
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-LINEAR_MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 #: What a module's own code may set on the way and is put back. Others, such as hooks, are not a module's.
 _PLAIN = (bool, int, float, str, type(None))
@@ -155,19 +156,48 @@ def run_and_watch(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Layer]]:
         # A copy goes on, so that an activation in place does not change what is kept.
         return output.clone()
 
-    hooks = [
-        module.register_forward_hook(functools.partial(keep, name))
-        for name, module in model.named_modules()
-        if isinstance(module, LINEAR_MAPS)
-    ]
-    try:
+    with watching(model, is_linear_map, keep):
         output = run(model, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    check_seen(model, seen)
+    return output, seen
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Whether a module is a linear map or a convolution."""
+    return isinstance(module, LINEAR_MAPS)
+
+
+def check_seen(model: nn.Module, seen: Sized) -> None:
+    """Raise BadInput where no linear map or convolution has run."""
     if not seen:
         raise BadInput(f"{type(model).__name__} has no linear map or convolution that a probe could watch")
-    return output, seen
+
+
+@contextmanager
+def watching(
+    model: nn.Module,
+    wanted: Callable[[nn.Module], bool],
+    keep: Callable[..., Any],
+    *,
+    before: bool = False,
+) -> Iterator[None]:
+    """Call `keep(name, module, inputs, output)` after each run of the modules that are wanted.
+
+    What it returns, unless None, takes the place of the output. With `before` it is called ahead of each run,
+    without an output.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            if wanted(module):
+                register = module.register_forward_pre_hook if before else module.register_forward_hook
+                stack.callback(register(functools.partial(keep, name)).remove)
+        yield
+
+
+def check_relative_step(name: str, relative_step: float) -> None:
+    """Raise BadInput, in the name of a probe, unless a relative step is a positive number."""
+    if not 0 < relative_step < math.inf:
+        raise BadInput(f"probe {name!r}: relative_step must be a positive number, not {relative_step!r}")
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:

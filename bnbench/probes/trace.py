@@ -54,17 +54,6 @@ class Trace:
             self.index,
         )
 
-    def mean(self, name: str, *, since: int = 0) -> float:
-        """The mean of a value over the readings from step `since` on; those that are not finite are left out.
-
-        Raises LookupError where no finite reading is left.
-        """
-        pairs = zip(self.steps, self.values[name], strict=True)
-        numbers = [number for step, number in pairs if step >= since and math.isfinite(number)]
-        if not numbers:
-            raise LookupError(f"{name} has no finite reading from step {since} on")
-        return math.fsum(numbers) / len(numbers)
-
     def to_json(self) -> dict[str, Any]:
         """As plain values for JSON, where a number that is not finite is None."""
         return {

@@ -12,8 +12,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from bnbench.probes import Trace
 from bnbench.report.album import Album
 from bnbench.report.drawing import INK, ArmStyle, Drawing, Group, finish, house_style, panel
-from bnbench.report.probe_summaries import own_rows
 from bnbench.report.result import StudyResult
+from bnbench.report.summaries import confirmed
 from bnbench.study.estimands.gradients import mean_field_factor
 
 #: Measured factors are to lie this close to the theory's, as a share of it.
@@ -51,8 +51,8 @@ def growth_by_batch_size(result: StudyResult) -> dict[str, Factors]:
         setting = _BATCH_SIZE.sub("", cell.name)
         if setting == cell.name:
             continue
-        for arm, entries in own_rows(result, cell.name).items():
-            for entry in entries:
+        for arm, entries in confirmed(result, cell.name).items():
+            for entry in entries.values():
                 trace = entry.result.traces.get("gradient_flow", Trace())
                 factor = dict(zip(trace.steps, trace.values.get("factor", ()), strict=False)).get(0, math.nan)
                 if math.isfinite(factor) and factor > 0:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from bnbench.probes import Trace
 from bnbench.report.result import StudyResult
 from bnbench.report.summaries import Band, confirmed
-from bnbench.study.table import Entry
 
 
 @dataclass(frozen=True)
@@ -27,20 +26,12 @@ class Grid:
 def traces_of(result: StudyResult, cell: str) -> dict[str, dict[str, list[Trace]]]:
     """The traces of a cell by probe and arm, a trace a replicate, each arm at its own setting."""
     found: dict[str, dict[str, list[Trace]]] = {}
-    for arm, entries in own_rows(result, cell).items():
-        for entry in entries:
+    for arm, entries in confirmed(result, cell).items():
+        for entry in entries.values():
             for probe, trace in entry.result.traces.items():
                 if trace.steps:
                     found.setdefault(probe, {}).setdefault(arm, []).append(trace)
     return found
-
-
-def own_rows(result: StudyResult, cell: str) -> dict[str, Sequence[Entry]]:
-    """The own rows of every arm of a cell; of a sweep, which has none, the best of each grid."""
-    if result.study.program == "sweep":
-        return {arm: list(there.values()) for arm, there in confirmed(result, cell).items()}
-    arms = [arm.name for arm in result.design.arms_in(cell)]
-    return {arm: result.table.of(cell=cell, arm=arm, roles=("own",)) for arm in arms}
 
 
 def value_by_step(traces: Sequence[Trace], name: str) -> Band | None:
