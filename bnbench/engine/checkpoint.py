@@ -40,7 +40,7 @@ class Checkpoint:
 
     A signal handler calls `ask`: then a training that has lasted `least` seconds is saved at the end of its
     block, and its process ends with the exit code of SIGTERM. Otherwise a checkpoint is written every
-    `every` seconds. A disk that is full does not stop the training.
+    `every` seconds.
     """
 
     _current: ClassVar[Checkpoint | None] = None
@@ -70,8 +70,7 @@ class Checkpoint:
             yield
         finally:
             Checkpoint._current = None
-            if self.asked:
-                os._exit(143)
+            self.end_if_asked()
 
     def restore(self, model: nn.Module, optimizer: FusedSGD) -> Progress:
         """Load what is there, and say how far it was; a broken file or one of another torch is ignored."""
@@ -92,16 +91,22 @@ class Checkpoint:
                 tensor.copy_(saved)
         return progress
 
-    def maybe_save(self, model: nn.Module, optimizer: FusedSGD, progress: Progress) -> None:
-        """Save where it is time, or where it was asked for; in that case the process ends here."""
-        if self.asked or time.monotonic() - self.saved >= self.every:
-            with contextlib.suppress(OSError, RuntimeError):
-                self._save(model, optimizer, progress)
-            self.saved = time.monotonic()
+    def is_due(self) -> bool:
+        """Whether it is time to save, or someone has asked for it."""
+        return self.asked or time.monotonic() - self.saved >= self.every
+
+    def end_if_asked(self) -> None:
+        """End the process with the exit code of SIGTERM, if that was asked for."""
         if self.asked:
             os._exit(143)
 
-    def _save(self, model: nn.Module, optimizer: FusedSGD, progress: Progress) -> None:
+    def save(self, model: nn.Module, optimizer: FusedSGD, progress: Progress) -> None:
+        """Write the file; a disk that is full does not stop the training."""
+        with contextlib.suppress(OSError, RuntimeError):
+            self._write(model, optimizer, progress)
+        self.saved = time.monotonic()
+
+    def _write(self, model: nn.Module, optimizer: FusedSGD, progress: Progress) -> None:
         state = {
             "torch": str(torch.__version__),
             "tensors": changing_tensors(model, optimizer),

@@ -50,14 +50,15 @@ class Blocks:
             self.blocks += pairwise(inner)
             at = end
             self.edges.add(end)
-        self._ended = ended
+        #: Asked before each block.
+        self.ended = ended
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for block in self.blocks:
-            if self._ended():
+            if self.ended():
                 return
             yield block
 
@@ -83,6 +84,14 @@ class FusedSGD:
             [torch.zeros_like(p) for p in parameters] if momentum else [] for parameters, _ in self.groups
         ]
         self.parameters = [p for parameters, _ in self.groups for p in parameters]
+
+    @torch.no_grad()
+    def lay_out(self) -> None:
+        """Give the buffers the memory layout of the parameters, after these have been moved."""
+        for (parameters, _), buffers in zip(self.groups, self.buffers, strict=True):
+            for parameter, buffer in zip(parameters, buffers, strict=False):
+                if buffer.stride() != parameter.stride():
+                    buffer.data = torch.empty_like(parameter).copy_(buffer)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], lr: float) -> None:
@@ -221,21 +230,26 @@ class ChunkedClassifier(NormClassifier):
 
     def on_train_start(self) -> None:
         """Seed what a probe draws before the first step."""
-        _seed_device(self.device, seed_of(*self.own_seed, "start"))
+        seed_device(self.device, seed_of(*self.own_seed, "start"))
 
     def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:  # type: ignore[override]
         """Do the steps [start, stop) of a block."""
         self.began = self.began or time.perf_counter()
         start, stop = (int(edge) for edge in batch)
-        x_all, y_all = self.train_arrays.x, self.train_arrays.y
-        indices = step_indices(len(y_all), self.global_batch, start, stop, *self.training_seed)
-        losses = []
-        for step, index in enumerate(self.group.share_of(indices, dim=1).to(x_all.device), start):
-            losses.append(self._step(step, x_all.index_select(0, index), y_all.index_select(0, index)))
+        losses = self.do_steps(start, stop)
         count_steps(self.trainer, stop - start)
         self.last_losses = torch.stack(losses).tolist()
         self.diverged = self.diverged or not all(map(math.isfinite, self.last_losses))
         self.ended = time.perf_counter()
+
+    def do_steps(self, start: int, stop: int) -> list[Tensor]:
+        """Do the steps [start, stop) and return their losses."""
+        x_all, y_all = self.train_arrays.x, self.train_arrays.y
+        indices = step_indices(len(y_all), self.global_batch, start, stop, *self.training_seed)
+        return [
+            self._step(step, x_all.index_select(0, index), y_all.index_select(0, index))
+            for step, index in enumerate(self.group.share_of(indices, dim=1).to(x_all.device), start)
+        ]
 
     def on_train_batch_end(self, outputs: Any, batch: tuple[int, int], batch_idx: int) -> None:
         """Report the block, here where Lightning's autocast no longer reigns."""
@@ -259,27 +273,35 @@ class ChunkedClassifier(NormClassifier):
         return None if self.held_out is None else (self.held_out.x[:samples], self.held_out.y[:samples])
 
     def _step(self, step: int, x: Tensor, y: Tensor) -> Tensor:
-        optimizer = self.optimizer_state
-        assert optimizer is not None
-        if self.augment is not None:
-            x = self.augment(x, generator(*self.own_seed, "augment", step))
-        _seed_device(x.device, seed_of(*self.own_seed, "dropout", step))
+        assert self.optimizer_state is not None
+        x = self.augmented(step, x)
+        seed_device(x.device, seed_of(*self.own_seed, "dropout", step))
         self.tell_progress(step)
         # An autocast that spans a block may keep its copies of the weights, which a step makes out of date.
         torch.clear_autocast_cache()
         loss = self.loss(self.run_training_batch(x), y)
         gradients: Sequence[Tensor]
-        gradients = torch.autograd.grad(loss, optimizer.parameters, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, self.optimizer_state.parameters, materialize_grads=True)
         loss, gradients = self.group.average(loss.detach(), gradients, self._averages)
+        self.update(step, gradients)
+        return loss
+
+    def augmented(self, step: int, x: Tensor) -> Tensor:
+        """A batch as this training sees it at a step."""
+        return x if self.augment is None else self.augment(x, generator(*self.own_seed, "augment", step))
+
+    def update(self, step: int, gradients: Sequence[Tensor]) -> None:
+        """Clip the gradients, which come in the order of the optimizer's parameters, and do a step."""
+        assert self.optimizer_state is not None
         if self.clip_norm is not None:
             norm = torch.nn.utils.get_total_norm(gradients)
             scale = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)
             gradients = [g * scale for g in gradients]
-        optimizer.step(gradients, self.learning_rate_at(step))
-        return loss
+        self.optimizer_state.step(gradients, self.learning_rate_at(step))
 
 
-def _seed_device(device: torch.device, seed: int) -> None:
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seed what a training draws from torch's own generators on a device."""
     # torch.manual_seed looks at every kind of device and costs as much as a step of a small network.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

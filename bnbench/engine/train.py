@@ -1,28 +1,20 @@
-"""Train one row: from a trial to its result."""
+"""Train one row, or the rows of a fleet: from trials to their results."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import json
-import math
-import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from bnbench.data import Arrays, Split, load_split, load_test
-from bnbench.data.batches import eval_batches
-from bnbench.engine.checkpoint import EVERY, LEAST, Checkpoint, Progress, changing_tensors
-from bnbench.engine.chunked import Blocks, ChunkedClassifier
+from bnbench.engine.checkpoint import EVERY, LEAST
+from bnbench.engine.chunked import Blocks
 from bnbench.engine.distributed import (
     TIMEOUT,
     check_started,
@@ -32,61 +24,14 @@ from bnbench.engine.distributed import (
     quiet_lightning,
     trainer_for,
 )
-from bnbench.engine.evaluate import (
-    calibrated_losses,
-    calibration_error,
-    finite_or_worst,
-    logits_of,
-    scale_of_norms,
-    scores,
-    worst_scores,
-)
+from bnbench.engine.fleet import FleetClassifier
 from bnbench.engine.provenance import provenance
 from bnbench.engine.ranks import RankFailed, run_ranks
-from bnbench.engine.rows import (
-    check_trial,
-    curve_steps,
-    look_steps,
-    module_arguments,
-    normalized_together,
-    probes_of,
-)
-from bnbench.norms.recalibrate import has_moments, precise_statistics
+from bnbench.engine.replica import Place, Replica, checkpoint_of
+from bnbench.engine.rows import check_trial, normalized_together, probes_of
 from bnbench.registry import BadInput
-from bnbench.study.table import Result, Status
+from bnbench.study.table import Result
 from bnbench.study.trial import Trial
-from bnbench.tracking.live import LiveLog
-
-CURVE_SAMPLES = 1000
-RECALIBRATION_SAMPLES = 512
-INITIAL_SAMPLES = 64
-TRAIN_SAMPLES = 1024
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a row is trained: the device, the folder of data and the `runs/` folder."""
-
-    data: Path
-    runs: Path
-    device: str = "cpu"
-
-
-@functools.lru_cache(maxsize=2)
-def _split(
-    name: str, seed: int, n_train: int | None, noise: float, options: str, folder: Path, device: str
-) -> Split:
-    split = load_split(name, seed, folder=folder, n_train=n_train, label_noise=noise, **json.loads(options))
-    return dataclasses.replace(
-        split,
-        train=split.train.to(device),
-        train_clean_y=split.train_clean_y.to(device),
-        val=split.val.to(device),
-    )
-
-
-def _first(arrays: Arrays, count: int | None) -> Arrays:
-    return Arrays(arrays.x[:count], arrays.y[:count])
 
 
 def train(
@@ -118,21 +63,108 @@ def train(
         if trial.world_size > 1:
             torch.cuda.set_device(cluster_environment().local_rank())
         torch.cuda.reset_peak_memory_stats()
-    status: Status
-    metrics: dict[str, float] = {}
-    curve: dict[str, tuple[float, ...]] = {}
-    run = None
+    replica = None
     try:
-        run = _Run(trial, place, save_every, save_least, timeout, started)
-        metrics, curve, status, reason = run.measure()
+        check_trial(trial)
+        probes = probes_of(trial)
+        trainer = trainer_for(trial, place.device, timeout, probes)
+        group = join_group(trainer, trial)
+        replica = Replica(
+            trial, place, started, every=save_every, least=save_least, group=group, probes=probes
+        )
+        _train_alone(replica, trainer)
+        result = replica.measure()
     except Exception as error:
-        if run is None and isinstance(error, BadInput):
+        if replica is None and isinstance(error, BadInput):
             raise
-        status, reason = "failed", traceback.format_exc()
-    metrics["time/total_s"] = time.perf_counter() - clock
-    metrics["memory/peak_mib"] = _peak_memory(place.device)
-    traces = {name: probe.trace for name, probe in run.probes.items()} if run is not None else {}
-    return Result(status, metrics, curve, reason, _where(trial, place, started), traces=traces)
+        traces = {name: probe.trace for name, probe in replica.probes.items()} if replica is not None else {}
+        result = Result("failed", reason=traceback.format_exc(), traces=traces)
+    return _signed(result, trial, place, started, time.perf_counter() - clock)
+
+
+def _train_alone(replica: Replica, trainer: L.Trainer) -> None:
+    """Do all steps of a row."""
+    module = replica.module
+    blocks = replica.begin()
+    clock = time.perf_counter()
+
+    def after_block(step: int) -> None:
+        nonlocal clock
+        replica.advance(step, module.ended - max(clock, module.began))
+        if replica.can_be_saved() and replica.checkpoint.is_due():
+            replica.save()
+            replica.checkpoint.end_if_asked()
+        clock = time.perf_counter()
+
+    module.after_block = after_block
+    with replica.checkpoint.during():
+        _fit(trainer, module, blocks, replica.place)
+    module.to(replica.place.device)  # Lightning has taken it to the processor.
+
+
+def _fit(trainer: L.Trainer, module: L.LightningModule, blocks: Blocks, place: Place) -> None:
+    devices = [torch.cuda.current_device()] if place.device == "cuda" else []
+    with quiet_lightning(), torch.random.fork_rng(devices):
+        trainer.fit(module, train_dataloaders=blocks)
+
+
+def train_fleet(
+    trials: Sequence[Trial],
+    place: Place,
+    *,
+    save_every: float = EVERY,
+    save_least: float = LEAST,
+) -> list[Result]:
+    """Train rows of one shape together (:mod:`bnbench.engine.fleet`); each result is what `train` would give.
+
+    The results come in the order of the rows. Their times are shares of those of the fleet. A row that ends
+    early (it diverged, or is where it was to get) leaves the others as they are. Rows that go on from
+    checkpoints at different steps train one group after the other.
+    Raises BadInput where a row cannot be trained here at all, and whatever the code of a row raises.
+    """
+    started = time.time()
+    clock = time.perf_counter()
+    if place.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    replicas = [Replica(trial, place, started, every=save_every, least=save_least) for trial in trials]
+    blocks = [replica.begin() for replica in replicas]
+    going = [i for i, replica in enumerate(replicas) if not replica.has_ended()]
+    for step in sorted({replicas[i].progress.step for i in going}):
+        together = [i for i in going if replicas[i].progress.step == step]
+        _train_together([replicas[i] for i in together], blocks[together[0]])
+    results = [replica.measure() for replica in replicas]
+    share = (time.perf_counter() - clock) / len(trials)
+    return [
+        _signed(result, trial, place, started, share) for result, trial in zip(results, trials, strict=True)
+    ]
+
+
+def _train_together(replicas: Sequence[Replica], blocks: Blocks) -> None:
+    """Do all steps of rows that have the same blocks before them."""
+    first = replicas[0]
+    fleet = FleetClassifier([replica.module for replica in replicas], first.trial.backend == "compiled")
+
+    def after_block(step: int, seconds: float) -> None:
+        going = [replica for replica in replicas if replica.module in fleet.members]
+        for replica in going:
+            replica.advance(step, seconds / len(going))
+        if step in first.edges and first.checkpoint.is_due():
+            for replica in going:
+                if replica.can_be_saved():
+                    replica.save()
+            first.checkpoint.end_if_asked()
+        fleet.keep([replica.module for replica in going if not replica.has_ended()])
+
+    fleet.after_block = after_block
+    blocks.ended = lambda: not fleet.members
+    with first.checkpoint.during():
+        _fit(trainer_for(first.trial, first.place.device), fleet, blocks, first.place)
+
+
+def _signed(result: Result, trial: Trial, place: Place, started: float, seconds: float) -> Result:
+    """The result with its time, its memory and where it is from."""
+    metrics = {**result.metrics, "time/total_s": seconds, "memory/peak_mib": _peak_memory(place.device)}
+    return dataclasses.replace(result, metrics=metrics, provenance=_where(trial, place, started))
 
 
 def _train_in_ranks(
@@ -144,7 +176,7 @@ def _train_in_ranks(
     clock = time.perf_counter()
     arguments = {"save_every": save_every, "save_least": save_least, "timeout": timeout}
     # Here it only hears that this process is to end, and is asked whether rank 0 has anything to save.
-    checkpoint = _checkpoint(trial, place, save_every, save_least)
+    checkpoint = checkpoint_of(trial, place, save_every, save_least)
     with checkpoint.during():
         try:
             result = run_ranks(
@@ -169,10 +201,6 @@ def _where(trial: Trial, place: Place, started: float) -> dict[str, Any]:
     return {**provenance(place.device, started), **sizes, "nbs": normalized_together(trial)}
 
 
-def _checkpoint(trial: Trial, place: Place, every: float, least: float) -> Checkpoint:
-    return Checkpoint(place.runs / "checkpoints" / f"{trial.key}.pt", every, least)
-
-
 def _peak_memory(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
@@ -180,238 +208,3 @@ def _peak_memory(device: str) -> float:
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-class _Run:
-    """One training in progress: the module, its data, and what has been measured so far."""
-
-    def __init__(
-        self, trial: Trial, place: Place, every: float, least: float, timeout: float, started: float
-    ) -> None:
-        check_trial(trial)
-        self.trial, self.place = trial, place
-        self.probes = {probe.name: probe for probe in probes_of(trial)}
-        self.trainer = trainer_for(trial, place.device, timeout, list(self.probes.values()))
-        self.group = join_group(self.trainer, trial)
-        #: All ranks compute the same; one of them writes.
-        self.writes = self.group.rank == 0
-        self.live = LiveLog(place.runs, trial.key, started)
-        self.checkpoint = _checkpoint(trial, place, every if self.writes else math.inf, least)
-        options = json.dumps(dict(trial.data_options), sort_keys=True)
-        split = _split(
-            trial.data, trial.data_seed, trial.n_train, trial.label_noise, options, place.data, place.device
-        )
-        self.split = dataclasses.replace(split, val=_first(split.val, trial.n_eval))
-        self.module = ChunkedClassifier(
-            train=self.arrays(self.split.train),
-            batch_size=trial.batch_size,
-            training_seed=trial.training_seed,
-            augment=trial.augment,
-            clip_norm=trial.clip_norm,
-            after_block=self.after_block,
-            group=self.group,
-            **module_arguments(trial),
-        )
-        if trial.precision == "64-true":
-            self.module.double()
-        if len(self.split.in_shape) == 3:
-            self.module.to(memory_format=torch.channels_last)
-        self.module.held_out = self.arrays(self.split.val) if self.probes else None
-        self.module.to(place.device)
-        self.model = self.module.model
-        self.optimizer = self.module.prepare()
-        self.drawn = curve_steps(trial.steps, trial.curve_points)
-        self.looks = look_steps(trial)
-        self.probed = {step for probe in self.probes.values() for step in probe.due_steps(trial.steps)}
-        self.progress = Progress()
-        #: The losses of the block so far, which a probe may split.
-        self.block_losses: list[float] = []
-        self.clock = time.perf_counter()
-
-    def arrays(self, arrays: Arrays) -> Arrays:
-        return Arrays(arrays.x.double(), arrays.y) if self.trial.precision == "64-true" else arrays
-
-    def precise(self, samples: int = RECALIBRATION_SAMPLES) -> contextlib.AbstractContextManager[Any]:
-        """Population statistics from 512 training samples, or so many, put back afterwards."""
-        size = self.trial.global_batch
-        full = max(samples, size) // size * size
-        sample = self.arrays(_first(self.split.train, full))
-        batches = eval_batches(_first(sample, len(sample) // size * size), size)
-        return precise_statistics(self.model, (self.group.share_of(x) for x, _ in batches))
-
-    def fit(self) -> None:
-        self.group.check_equal([*self.model.parameters(), *self.model.buffers()], "initial weights")
-        if self.writes:
-            self.progress = self.checkpoint.restore(self.model, self.optimizer)
-        self.progress = self.group.tell(self.progress)
-        if self.progress.step:
-            self.group.follow_first(changing_tensors(self.model, self.optimizer))
-            for name, state in self.progress.probes.items():
-                self.probes[name].load_state_dict(state)
-            self.module.bring_up_to_date(self.progress.step)
-        for at in range(len(self.progress.curve.get("step", ()))):
-            self.show(at)
-        stop = self.progress.step if self.progress.reached else self.trial.steps
-        cuts = sorted({*self.drawn, *self.looks})
-        blocks = Blocks(self.progress.step, stop, cuts, self.has_ended, self.probed)
-        self.edges = blocks.edges
-        self.clock = time.perf_counter()
-        devices = [torch.cuda.current_device()] if self.place.device == "cuda" else []
-        with quiet_lightning(), torch.random.fork_rng(devices), self.checkpoint.during():
-            self.trainer.fit(self.module, train_dataloaders=blocks)
-        self.module.to(self.place.device)
-
-    def has_ended(self) -> bool:
-        return self.module.diverged or self.progress.reached
-
-    def after_block(self, step: int) -> None:
-        losses = self.module.last_losses
-        self.block_losses += losses
-        self.progress.step = step
-        self.progress.last_loss = ([self.progress.last_loss] + [x for x in losses if math.isfinite(x)])[-1]
-        self.progress.trained_s += self.module.ended - max(self.clock, self.module.began)
-        if not self.module.diverged:
-            if step in self.looks:
-                self.look()
-            if step in self.drawn or (self.drawn and self.progress.reached):
-                self.draw(step, sum(self.block_losses) / len(self.block_losses))
-            if step in self.probed:
-                self.progress.probes = {name: probe.state_dict() for name, probe in self.probes.items()}
-        if step in self.edges:
-            # A training that goes on elsewhere would cut other blocks, and so average other losses.
-            if not self.module.diverged:
-                self.checkpoint.maybe_save(self.model, self.optimizer, self.progress)
-            self.block_losses = []
-        self.clock = time.perf_counter()
-
-    def look(self) -> None:
-        """See whether the training NLL is low enough to stop; rank 0's decision is that of all."""
-        with self.precise():
-            loss = self.train_scores(self.train_logits())["loss"]
-        self.progress.reached = self.group.tell(self.is_reached(loss))
-
-    def is_reached(self, loss: float) -> bool:
-        return self.trial.until_train_nll is not None and loss <= self.trial.until_train_nll
-
-    def draw(self, step: int, train_loss: float) -> None:
-        """Add a point to the curve, measured with precise statistics."""
-        sample = self.arrays(_first(self.split.val, CURVE_SAMPLES))
-        with self.precise():
-            point = self.finite(scores(logits_of(self.module, sample), sample.y))
-        values = {"step": step, "val/acc": point["acc"], "val/loss": point["loss"], "train/loss": train_loss}
-        for name, value in values.items():
-            self.progress.curve.setdefault(name, []).append(value)
-        self.show(-1)
-
-    def show(self, at: int) -> None:
-        """Tell a point of the curve to whoever watches."""
-        point = {name: series[at] for name, series in self.progress.curve.items()}
-        if self.writes:
-            self.live.write(int(point.pop("step")), point)
-
-    def finite(self, values: dict[str, float]) -> dict[str, float]:
-        return finite_or_worst(values, self.split.num_classes, self.progress.last_loss)
-
-    def train_logits(self) -> Tensor:
-        return logits_of(self.module, self.arrays(_first(self.split.train, TRAIN_SAMPLES)))
-
-    def train_scores(self, logits: Tensor) -> dict[str, float]:
-        """Scores on training samples, against noisy and clean labels."""
-        found = scores(logits, self.split.train.y[: len(logits)])
-        if self.trial.label_noise:
-            clean = scores(logits, self.split.train_clean_y[: len(logits)])
-            found |= {f"{name}_clean": value for name, value in clean.items()}
-        return found
-
-    def measure(self) -> tuple[dict[str, float], dict[str, tuple[float, ...]], Status, str]:
-        trial = self.trial
-        # So few are enough to say whether the training ends above where it began.
-        with self.precise(INITIAL_SAMPLES):
-            initial = self.finite(self.train_scores(self.train_logits()))
-        self.fit()
-        parts = ("val", "test") if trial.score_on == "test" else ("val",)
-        with self.precise():
-            seen = self.train_logits()
-            final = self.train_scores(seen)
-            reason = self.why_diverged(initial, final)
-            evaluated = {} if reason else {part: self.arrays(self.load(part)) for part in parts}
-            precise = {part: logits_of(self.module, arrays) for part, arrays in evaluated.items()}
-        metrics = {
-            "chance": 1 / self.split.num_classes,
-            "train/loss_initial": initial["loss"],
-            "time/step_ms": 1000 * self.progress.trained_s / self.progress.step,
-        }
-        if trial.until_train_nll is not None:
-            reached = not reason and self.group.tell(self.is_reached(final["loss"]))
-            # A diverged training counts as one that has used its budget.
-            steps = trial.steps if reason else self.progress.step
-            metrics |= {"train/reached": float(reached), "train/steps": float(steps)}
-        if reason:
-            for name, value in worst_scores(self.split.num_classes, self.progress.last_loss).items():
-                metrics |= {f"train/{measured}": value for measured in final if measured.startswith(name)}
-                metrics |= {f"{part}/{name}{kind}": value for part in parts for kind in ("", "_precise")}
-        else:
-            metrics |= {f"train/{name}": value for name, value in final.items()}
-            for part, arrays in evaluated.items():
-                metrics |= self.final_scores(part, arrays, precise[part])
-        if trial.score_on == "test":
-            labels = {"train": self.split.train.y[: len(seen)], **{p: a.y for p, a in evaluated.items()}}
-            metrics |= self.calibrated({"train": seen, **precise}, labels)
-            metrics["test/gap"] = metrics["test/loss_precise"] - metrics["train/loss"]
-            calibrated = metrics["train/loss_calibrated"], metrics["test/loss_calibrated"]
-            metrics["test/gap_calibrated"] = calibrated[1] - calibrated[0]
-            metrics |= scale_of_norms(self.model)
-            if self.writes and not reason:
-                self.keep_weights()
-        self.checkpoint.remove()
-        curve = {name: tuple(series) for name, series in self.progress.curve.items()}
-        return metrics, curve, "diverged" if reason else "done", reason
-
-    def why_diverged(self, initial: dict[str, float], final: dict[str, float]) -> str:
-        if self.module.diverged or not all(map(math.isfinite, final.values())):
-            return "the loss became infinite or NaN"
-        if final["loss"] > initial["loss"]:
-            self.progress.last_loss = final["loss"]
-            return "the training loss ended above where it began"
-        return ""
-
-    def calibrated(self, logits: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, float]:
-        """Losses at the temperature that suits the validation data; a diverged run has no logits of it."""
-        if "val" in logits:
-            found = calibrated_losses(**{part: (logits[part], y) for part, y in labels.items()})
-            if all(map(math.isfinite, found.values())):
-                return found
-        worst = worst_scores(self.split.num_classes, self.progress.last_loss)["loss"]
-        return {"val/temperature": 1.0, "train/loss_calibrated": worst, "test/loss_calibrated": worst}
-
-    def final_scores(self, part: str, arrays: Arrays, precise: Tensor) -> dict[str, float]:
-        """Scores of the trained model: as its running statistics give them, and with precise ones."""
-        same = self.trial.recalibration == "precise" or not has_moments(self.model)
-        chosen = precise if same else logits_of(self.module, arrays)
-        found: dict[str, float] = {}
-        for kind, logits in (("", chosen), ("_precise", precise)):
-            exact = self.finite(scores(logits, arrays.y))
-            found |= {f"{part}/{name}{kind}": value for name, value in exact.items()}
-        if part == "test" and chosen.isfinite().all():
-            found["test/ece"] = calibration_error(chosen, arrays.y)
-        return found
-
-    def load(self, part: str) -> Arrays:
-        """Validation data, or test data: read here, once, for a confirmed row that has been trained."""
-        trial = self.trial
-        if part == "val":
-            return self.split.val
-        arrays = load_test(trial.data, trial.data_seed, folder=self.place.data, **trial.data_options)
-        return _first(arrays, trial.n_eval).to(self.place.device)
-
-    def keep_weights(self) -> None:
-        """Write the weights of a confirmed row; a study keeps the best of each cell and arm."""
-        from safetensors.torch import save_file
-
-        folder = self.place.runs / "weights"
-        folder.mkdir(parents=True, exist_ok=True)
-        half = folder / f".{self.trial.key}.{os.getpid()}"
-        # Copies, since the format takes neither channels_last nor tensors that share memory.
-        state = self.model.state_dict()
-        save_file({name: v.clone(memory_format=torch.contiguous_format) for name, v in state.items()}, half)
-        half.replace(folder / f"{self.trial.key}.safetensors")
