@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bnbench.data import load_split, load_test
-from bnbench.engine import train as engine
+from bnbench.engine import replica
 from bnbench.engine.chunked import ChunkedClassifier
 from bnbench.engine.conduct import train_row
 from bnbench.engine.rows import module_arguments
@@ -134,7 +134,7 @@ def test_running_statistics_are_those_of_the_training_alone(place, monkeypatch):
         weights.append(rebuilt(row, place).state_dict())
     for name, value in weights[0].items():
         assert torch.equal(weights[1][name], value), name
-    monkeypatch.setattr(engine, "RECALIBRATION_SAMPLES", 40)
+    monkeypatch.setattr(replica, "RECALIBRATION_SAMPLES", 40)
     train(row, place)
     for name, value in rebuilt(row, place).state_dict().items():
         assert torch.equal(weights[0][name], value), name
@@ -263,7 +263,7 @@ def test_a_tuning_row_never_reads_test_data(changes, place, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("test data was read")
 
-    monkeypatch.setattr(engine, "load_test", refuse)
+    monkeypatch.setattr(replica, "load_test", refuse)
     result = train(ROW.replace(curve_points=3, **changes), place)
     assert result.status == ("diverged" if changes else "done")
     assert not [name for name in [*result.metrics, *result.curve] if name.startswith("test/")]
@@ -272,7 +272,7 @@ def test_a_tuning_row_never_reads_test_data(changes, place, monkeypatch):
 
 def test_a_confirmed_row_reads_test_data_once_and_a_diverged_one_not_at_all(place, monkeypatch):
     calls = []
-    monkeypatch.setattr(engine, "load_test", lambda *a, **k: (calls.append(a), load_test(*a, **k))[1])
+    monkeypatch.setattr(replica, "load_test", lambda *a, **k: (calls.append(a), load_test(*a, **k))[1])
     assert train(ROW.replace(score_on="test", curve_points=5), place).status == "done"
     assert len(calls) == 1
     assert train(ROW.replace(score_on="test", lr=1e20), place).status == "diverged"
@@ -346,7 +346,7 @@ def test_every_point_of_the_curve_is_shown_while_it_runs(place, monkeypatch):
         def __init__(self, runs, key, started) -> None:
             super().__init__(runs, key, started, after=0)
 
-    monkeypatch.setattr(engine, "LiveLog", Eager)
+    monkeypatch.setattr(replica, "LiveLog", Eager)
     row = ROW.replace(curve_points=6)
     result = train(row, place)
     live = read_live(place.runs / "live" / f"{row.key}.jsonl")

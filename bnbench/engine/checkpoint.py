@@ -91,6 +91,12 @@ class Checkpoint:
                 tensor.copy_(saved)
         return progress
 
+    def maybe_save(self, model: nn.Module, optimizer: FusedSGD, progress: Progress) -> None:
+        """Save where it is time, or where it was asked for; in that case the process ends here."""
+        if self.is_due():
+            self.save(model, optimizer, progress)
+        self.end_if_asked()
+
     def is_due(self) -> bool:
         """Whether it is time to save, or someone has asked for it."""
         return self.asked or time.monotonic() - self.saved >= self.every

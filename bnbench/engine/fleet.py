@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -29,6 +30,8 @@ from bnbench.study.trial import Trial
 
 #: The most replicas that train together.
 FLEET_SIZE = 16
+#: One replica by itself would take other convolutions, with other rounding, than several.
+FEWEST_PLACES = 2
 
 #: Fields in which the rows of a fleet may differ.
 _FREE = {
@@ -95,7 +98,8 @@ def _equals_separate(text: str) -> bool:
             made.append(member)
         return made
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vmap tells of operations that it does one replica after the other
         alone = members()
         lonely = torch.stack([torch.stack(member.do_steps(0, 2)) for member in alone])
         together = members()
@@ -144,8 +148,8 @@ class FleetClassifier(L.LightningModule):
     masks, learning rate, weight decay, clipping.
 
     In float64 a member equals its separate training to rounding; its bits depend neither on the others nor on
-    its place. A compiled fleet has always `FLEET_SIZE` places, since another size is another program; those
-    left over repeat the first member.
+    its place. A fleet has at least two places, and a compiled one always `FLEET_SIZE`, since another size is
+    another program; those left over repeat the first member.
     """
 
     def __init__(self, members: Sequence[ChunkedClassifier], compiled: bool = False) -> None:
@@ -158,6 +162,11 @@ class FleetClassifier(L.LightningModule):
         self.members: list[ChunkedClassifier] = []
         self.keep(members)
         self._began = self._clock = self._ended = 0.0
+
+    @property
+    def _missing(self) -> int:
+        """How many places repeat the first member."""
+        return max(0, (FLEET_SIZE if self.compiled else FEWEST_PLACES) - len(self.members))
 
     def configure_optimizers(self) -> None:
         """No optimizer that Lightning could step: every member has its own."""
@@ -193,7 +202,7 @@ class FleetClassifier(L.LightningModule):
         if not members:
             return
         rows = [_tensors_of(member) for member in members]
-        places = rows + rows[:1] * (FLEET_SIZE - len(rows) if self.compiled else 0)
+        places = rows + rows[:1] * self._missing
         self._stacked = {name: torch.stack([row[name] for row in places]) for name in rows[0]}
         for k, row in enumerate(rows):
             for name, tensor in row.items():
@@ -205,7 +214,7 @@ class FleetClassifier(L.LightningModule):
         self._reference = None
         if self.stacked_loss.referring:
             own = [cast(Tensor, member.reference) for member in members]
-            self._reference = torch.stack(own + own[:1] * (len(places) - len(own)))
+            self._reference = torch.stack(own + own[:1] * self._missing)
 
     def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:
         """Do the steps [start, stop) of a block."""
@@ -248,7 +257,7 @@ class FleetClassifier(L.LightningModule):
             if next(iter(layers.values())).like is None:
                 self.stacked_loss.find_masks(x[0], self.members[0].reference)
             tensors |= self._masks(step, x.device)
-        if (missing := next(iter(tensors.values())).shape[0] - len(x)) > 0:
+        if missing := self._missing:
             x, y = (torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for t in (x, y))
         self.stacked_loss.tell_progress(min(1.0, step / self.members[0].hparams["steps"]))
         # An autocast that spans a block may keep its copies of the weights, which a step makes out of date.
@@ -269,7 +278,7 @@ class FleetClassifier(L.LightningModule):
             p = member.hparams["dropout"]
             ones = [torch.ones_like(cast(Tensor, layer.like), device=device) for layer in layers.values()]
             drawn.append([F.dropout(kept, p, training=True) for kept in ones])
-        drawn += drawn[:1] * (FLEET_SIZE - len(drawn) if self.compiled else 0)
+        drawn += drawn[:1] * self._missing
         return {
             name: torch.stack(masks) for name, masks in zip(layers, zip(*drawn, strict=True), strict=True)
         }

@@ -193,10 +193,6 @@ class Replica:
         """Whether this is the end of a whole block, and there is something to go on from."""
         return self.progress.step in self.edges and not self.module.diverged
 
-    def save(self) -> None:
-        """Write the checkpoint."""
-        self.checkpoint.save(self.model, self.optimizer, self.progress)
-
     def look(self) -> None:
         """See whether the training NLL is low enough to stop; rank 0's decision is that of all."""
         with self.precise():

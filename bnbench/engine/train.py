@@ -91,9 +91,8 @@ def _train_alone(replica: Replica, trainer: L.Trainer) -> None:
     def after_block(step: int) -> None:
         nonlocal clock
         replica.advance(step, module.ended - max(clock, module.began))
-        if replica.can_be_saved() and replica.checkpoint.is_due():
-            replica.save()
-            replica.checkpoint.end_if_asked()
+        if replica.can_be_saved():
+            replica.checkpoint.maybe_save(replica.model, replica.optimizer, replica.progress)
         clock = time.perf_counter()
 
     module.after_block = after_block
@@ -151,7 +150,7 @@ def _train_together(replicas: Sequence[Replica], blocks: Blocks) -> None:
         if step in first.edges and first.checkpoint.is_due():
             for replica in going:
                 if replica.can_be_saved():
-                    replica.save()
+                    replica.checkpoint.save(replica.model, replica.optimizer, replica.progress)
             first.checkpoint.end_if_asked()
         fleet.keep([replica.module for replica in going if not replica.has_ended()])
 
