@@ -9,10 +9,12 @@ GPUS ?= all
 WORKERS ?=
 DEVICES ?=
 BUDGET ?=
+FLEET ?=
 SMOKE ?=
 RUNS ?= runs
 STORAGE ?=
 RAY ?=
+ONLY ?=
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -40,17 +42,18 @@ test lint smoke bench test-slow: export MKL_NUM_THREADS := 1
 help:
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
 	@echo '  variables         PRESET=auto|smoke|quick|full  STUDY="name file.py"  GPUS=all|none|0,2  WORKERS=n'
-	@echo '                    DEVICES=n  BUDGET=2h  RUNS=folder  STORAGE=url  RAY=auto|host:port'
-	@echo '                    PYTHON=python3.12  VENV=folder|none  PIP_ARGS=...  SMOKE=1'
+	@echo '                    DEVICES=n  BUDGET=2h  FLEET=auto|off|eager|compiled  RUNS=folder  STORAGE=url'
+	@echo '                    RAY=auto|host:port'
+	@echo '                    PYTHON=python3.12  VENV=folder|none  PIP_ARGS=...  SMOKE=1  ONLY=parts'
 
 study: $(for_study) ## run the studies: all, or those named by STUDY
 	@$(bnbench) run $(STUDY) --preset $(PRESET) --gpus $(GPUS) --runs "$(RUNS)" \
 	  $(if $(WORKERS),--workers $(WORKERS)) $(if $(DEVICES),--devices $(DEVICES)) \
-	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(RAY),--ray $(RAY)) $(if $(STORAGE),--storage "$(STORAGE)")
+	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(FLEET),--fleet $(FLEET)) $(if $(RAY),--ray $(RAY)) $(if $(STORAGE),--storage "$(STORAGE)")
 
 plan: $(for_study) ## say what a study would train and how long that takes
 	@$(bnbench) plan $(STUDY) --preset $(PRESET) --gpus $(GPUS) --runs "$(RUNS)" \
-	  $(if $(WORKERS),--workers $(WORKERS))
+	  $(if $(WORKERS),--workers $(WORKERS)) $(if $(FLEET),--fleet $(FLEET))
 
 report: $(for_study) ## write the report from what is recorded in RUNS
 	@$(bnbench) report $(STUDY) --runs "$(RUNS)"
@@ -85,8 +88,8 @@ smoke: $(for_study) ## run every study at its smallest size, in a temporary fold
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 	  $(bnbench) run --preset smoke --gpus $(GPUS) --runs "$$runs"
 
-bench: $(for_study) ## measure what each probe adds to the time of a training
-	@$(python) benchmarks/probes.py build/probes.json
+bench: $(for_study) ## measure how fast bnbench is, as a table of ratios (ONLY="steps studies": parts of it)
+	@$(python) -m benchmarks $(ONLY)
 
 # Resolving reads the descriptions of the packages and downloads none.
 resolution := build/resolution.json

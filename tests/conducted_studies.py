@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
-from bnbench.engine.conduct import conduct, train_row
+from bnbench.engine.back_ends import program_on
+from bnbench.engine.conduct import conduct, train_rows
 from bnbench.record import Record
 from bnbench.study import Entry, Result, Study, Trial
-from bnbench.study.programs import programs_of
+from bnbench.study.programs import Program, programs_of
 from bnbench.study.trial import trial_from
 from tests.pilot_study import drive, invented, study
 
@@ -44,15 +46,15 @@ class Inline(Executor):
 
     def __init__(self, train: Callable[[Trial], Result] = invented, order: Random | None = None) -> None:
         self.train, self.order = train, order
-        self.open: list[tuple[Future[Result], Trial]] = []
+        self.open: list[tuple[Future[list[Result]], list[Trial]]] = []
         self.most = 0
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        assert fn is train_row
+        assert fn is train_rows
         values, data, runs = args
         assert (Path(data), Path(runs).name) == (Path("data").absolute(), "runs")
         future: Future[Any] = Future()
-        self.open.append((future, trial_from(values)))
+        self.open.append((future, [trial_from(row) for row in values]))
         self.most = max(self.most, len(self.open))
         if self.order is None:
             self.finish_some()
@@ -62,14 +64,14 @@ class Inline(Executor):
         order = self.order or Random(0)
         order.shuffle(self.open)
         for _ in range(order.randint(1, len(self.open))):
-            future, trial = self.open.pop()
+            future, rows = self.open.pop()
             try:
-                future.set_result(self.train(trial))
+                future.set_result([self.train(trial) for trial in rows])
             except Exception as error:
                 future.set_exception(error)
 
     def wait(
-        self, futures: Mapping[Future[Any], Trial], **_: Any
+        self, futures: Mapping[Future[Any], list[Trial]], **_: Any
     ) -> tuple[set[Future[Any]], set[Future[Any]]]:
         """In place of concurrent.futures.wait."""
         if not any(future.done() for future in futures):
@@ -85,13 +87,13 @@ def run(
     width: int = 3,
     observer: Recorder | None = None,
     deadline: float | None = None,
+    back_ends: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[str], dict[str, list[Entry]]]:
-    """Conduct studies as a suite does; returns who was cut off, and each program's lines by its name."""
-    programs = [
-        ((the_study.name, cell, index), program)
-        for the_study in studies or (study(),)
-        for index, (cell, program) in enumerate(programs_of(the_study, "quick"))
-    ]
+    """Conduct studies as a suite does; returns who was cut off, and each program's lines by its name.
+
+    `back_ends` are those of the cells in which it is not "single".
+    """
+    programs = named_programs(studies, back_ends)
     lines: dict[Any, list[Entry]] = {}
 
     def done(name: Any, entries: list[Entry]) -> None:
@@ -113,13 +115,21 @@ def run(
     return cut_off, lines
 
 
-def undisturbed(*studies: Study) -> dict[str, list[Entry]]:
-    """What the programs give where nothing surrounds them."""
-    return {
-        (the_study.name, cell, index): drive(program)[0]
+def named_programs(
+    studies: tuple[Study, ...], back_ends: Mapping[str, str]
+) -> list[tuple[tuple[str, str, int], Program]]:
+    return [
+        ((the_study.name, cell, index), program_on(program, back_ends.get(cell, "single")))
         for the_study in studies or (study(),)
         for index, (cell, program) in enumerate(programs_of(the_study, "quick"))
-    }  # type: ignore[return-value]
+    ]
+
+
+def undisturbed(
+    *studies: Study, back_ends: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, list[Entry]]:
+    """What the programs give where nothing surrounds them."""
+    return {name: drive(program)[0] for name, program in named_programs(studies, back_ends)}  # type: ignore[misc]
 
 
 class Dying:

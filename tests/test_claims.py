@@ -393,3 +393,15 @@ def test_a_smoke_run_has_no_verdict():
     the_study = study()
     (verdict,) = judge(the_study, "smoke", Table(rows([2.0])), {"C": 1})
     assert (verdict.gate, verdict.n, verdict.estimate) == ("low_power", 1, 2.0)
+
+
+def test_a_cell_is_judged_by_its_own_number_of_replicates():
+    cells = (Cell("mlp", replicates=12), Cell("cnn", model="cnn"))
+    the_study = study(cells=cells, replicates=10)
+    table = Table((*rows(between(1.5, 2.5, n=12)), *rows(between(1.5, 2.5, n=12), cell="cnn")))
+    mlp, cnn = judge(the_study, "quick", table, {"C": 1})
+    assert (mlp.n, mlp.decision, cnn.n) == (12, "SUPPORTED", 10)
+    few = Table((*rows(GOOD), *rows(GOOD, cell="cnn")))
+    mlp, cnn = judge(the_study, "quick", few, {"C": 1})
+    assert mlp.gate == "incomplete" and "replicate 10" in mlp.reason
+    assert cnn.gate != "incomplete"

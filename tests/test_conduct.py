@@ -81,9 +81,9 @@ def test_nothing_depends_on_width_or_on_the_order_of_completion(
 def test_threads_give_the_same_too(record: Record) -> None:
     class Threads(ThreadPoolExecutor):
         def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-            def train() -> Result:
+            def train() -> list[Result]:
                 time.sleep(Random(str(args[0])).random() / 500)
-                return invented(trial_from(args[0]))
+                return [invented(trial_from(row)) for row in args[0]]
 
             return super().submit(train)
 
@@ -223,9 +223,9 @@ def test_bad_input_ends_the_run_and_what_ended_with_it_is_kept(record: Record) -
     begun: list[Trial] = []
 
     def all_at_once(
-        futures: Mapping[Future[Any], Trial], **_: Any
+        futures: Mapping[Future[Any], list[Trial]], **_: Any
     ) -> tuple[set[Future[Any]], set[Future[Any]]]:
-        begun.extend(futures.values())
+        begun.extend(trial for rows in futures.values() for trial in rows)
         while executor.open:
             executor.finish_some()
         return set(futures), set()
@@ -245,6 +245,7 @@ def test_a_row_that_another_run_measured_otherwise_is_reported(record: Record) -
     real = record.append
 
     def append(rows: Any) -> list[str]:
+        rows = list(rows)
         return [*real(rows), f"row {rows[0][0].key} was measured twice"]
 
     observer = Recorder()

@@ -39,8 +39,8 @@ class Watched(Inline):
         self.log: list[Trial] = []
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        trial = trial_from(args[0])
-        beside = [other for _, other in self.open]
+        (trial,) = map(trial_from, args[0])
+        beside = [other for _, rows in self.open for other in rows]
         assert not beside or not (trial.alone or any(other.alone for other in beside))
         self.log.append(trial)
         return super().submit(fn, *args, **kwargs)

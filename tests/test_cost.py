@@ -18,6 +18,7 @@ from bnbench.engine.cost import (
     seconds_of,
     shape_of,
 )
+from bnbench.engine.fleet import FLEET_SIZE
 from bnbench.record import Record
 from bnbench.study import Result, Trial
 
@@ -52,6 +53,7 @@ def test_what_changes_no_amount_of_work_changes_no_shape(changes: dict[str, Any]
 
 @pytest.mark.parametrize(
     "changes", [{"batch_size": 32}, {"norm": "none"}, {"model": "cnn"}, {"devices": 2}, {"n_train": 100},
+                {"backend": "eager"}, {"backend": "compiled"},
                 {"norm": "ghost_batch", "norm_options": {"ghost_size": 4}}],
 )  # fmt: skip
 def test_what_changes_the_work_changes_the_shape(changes: dict[str, Any]) -> None:
@@ -103,6 +105,8 @@ def test_an_unmeasured_shape_costs_what_it_took_on_the_machine_of_reference() ->
         for norm, devices in (("batch", 1), ("batch", 2), ("sync_batch", 2))
     )
     assert alone.step < joined.step < synchronized.step and alone.beside < joined.beside
+    in_fleets = [reference_cost(Trial(backend=name)) for name in ("eager", "compiled")]
+    assert in_fleets[0].step <= alone.step and in_fleets[0] == in_fleets[1]
 
 
 def test_a_row_that_trains_alone_occupies_every_worker() -> None:
@@ -125,12 +129,18 @@ class Told:
     def __init__(self) -> None:
         self.asked: list[tuple[dict[str, Any], int]] = []
 
-    def submit(self, fn: object, values: dict[str, Any], *places: str, devices: int) -> Future[Result]:
-        self.asked.append((values, devices))
-        future: Future[Result] = Future()
-        failed = values["norm"] == "group"
-        future.set_result(Result("failed") if failed else took(Trial(**values), 0.004, 0.3))
+    def submit(
+        self, fn: object, rows: list[dict[str, Any]], *places: str, devices: int
+    ) -> Future[list[Result]]:
+        self.asked += [(values, devices) for values in rows]
+        future: Future[list[Result]] = Future()
+        future.set_result([self.train(Trial(**values)) for values in rows])
         return future
+
+    def train(self, trial: Trial) -> Result:
+        # Of a fleet, the second half of the rows takes twice as long as the first.
+        step = 0.001 * (1 + (trial.seed >= FLEET_SIZE / 2)) if trial.backend == "eager" else 0.004
+        return Result("failed") if trial.norm == "group" else took(trial, step, 0.3)
 
 
 def test_unknown_shapes_are_tried_twice_and_briefly(tmp_path: Path) -> None:
@@ -141,6 +151,7 @@ def test_unknown_shapes_are_tried_twice_and_briefly(tmp_path: Path) -> None:
     given = {shape_of(known): Cost(1.0, 1.0)}
     costs = measure_costs(rows, given, executor, tmp_path, tmp_path)  # type: ignore[arg-type]
     assert len(executor.asked) == 6
+    assert {values["backend"] for values, _ in executor.asked} == {"single"}
     assert {values["steps"] for values, _ in executor.asked} == {24}
     assert {devices for values, devices in executor.asked if values["data"] == "cifar10"} == {2}
     assert all(values["data_options"] for values, _ in executor.asked if values["data"] == "cifar10")
@@ -150,3 +161,14 @@ def test_unknown_shapes_are_tried_twice_and_briefly(tmp_path: Path) -> None:
     # One that fails, and one that is hardly longer than the trial, are guessed.
     assert shape_of(Trial(norm="group")) not in costs
     assert shape_of(Trial(norm="layer")) not in costs
+
+
+@pytest.mark.parametrize("back_end", ["eager", "compiled"])
+def test_a_shape_that_trains_in_fleets_is_tried_in_one(tmp_path: Path, back_end: str) -> None:
+    executor = Told()
+    rows = [Trial(lr=lr, steps=500, backend=back_end) for lr in (0.1, 0.2)]
+    costs = measure_costs(rows, {}, executor, tmp_path, tmp_path)  # type: ignore[arg-type]
+    assert len({Trial(**values) for values, _ in executor.asked}) == len(executor.asked) == FLEET_SIZE
+    assert {(values["steps"], values["backend"]) for values, _ in executor.asked} == {(24, "eager")}
+    assert costs == {shape_of(rows[0]): Cost(pytest.approx(0.0015), pytest.approx(0.3))}
+    assert seconds_of(rows[1], costs) == pytest.approx(0.3 + 500 * 0.0015)

@@ -142,6 +142,21 @@ def test_seeds_alone_leave_cells_and_rows_as_they_were() -> None:
     assert notes == ()
 
 
+def test_a_cell_keeps_its_own_number_of_seeds_unless_one_is_given() -> None:
+    cells = tuple(with_replicates(cell, 4 - i) for i, cell in enumerate(ON_FOUR.quick.cells[:2]))
+    design = replace(ON_FOUR.quick, cells=cells)
+    own = replace(ON_FOUR, quick=design, full=design)
+    counts = [
+        [study.quick.replicates_in(cell.name) for cell in study.quick.cells]
+        for study in (asked(own, norm="group")[0], asked(own, norm="group", replicates=7)[0])
+    ]
+    assert counts == [[4, 3], [7, 7]]
+
+
+def with_replicates(cell: Cell, count: int) -> Cell:
+    return Cell(cell.name, constants=cell.constants, replicates=count, **cell.changes)
+
+
 def test_every_hypothesis_is_exploratory_and_the_study_is_another_one() -> None:
     for question in ({"data": "mnist1d"}, {"model": "cnn"}, {"norm": "group"}, {"replicates": 2}):
         study, _ = asked(ON_FOUR, **question)

@@ -129,12 +129,19 @@ def test_an_installation_that_failed_is_tried_again(clone: Path) -> None:
 def test_variables_reach_the_command(clone: Path) -> None:
     make(clone, "install", "PIP_ARGS=--no-index", "VENV=elsewhere")
     assert any("--no-index" in line for line in calls(clone))
-    values = {"PRESET": "quick", "GPUS": "0,2", "WORKERS": "3", "DEVICES": "2", "BUDGET": "2h"}
+    values = {
+        "PRESET": "quick",
+        "GPUS": "0,2",
+        "WORKERS": "3",
+        "DEVICES": "2",
+        "BUDGET": "2h",
+        "FLEET": "off",
+    }
     given = [f"{name}={value}" for name, value in values.items()]
     make(clone, "study", "STUDY=one two.py", "RUNS=a folder", "VENV=elsewhere", *given)
     assert calls(clone) == [
         "-m bnbench.cli run one two.py --preset quick --gpus 0,2 --runs a folder "
-        "--workers 3 --devices 2 --budget 2h"
+        "--workers 3 --devices 2 --budget 2h --fleet off"
     ]
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnbench.engine.search import draw
-from bnbench.study import Arm, Choice, Entry, Range, Result, Study, Table, Trial
+from bnbench.study import Arm, Cell, Choice, Entry, Range, Result, Study, Table, Trial
 from bnbench.study.design import TUNING_REPLICATES
 from bnbench.study.programs import (
     SHORTLIST,
@@ -128,6 +128,17 @@ def test_tuning_once_reads_replicates_that_are_never_judged() -> None:
         assert {r.trial.lr for r in confirming if r.arm == arm and r.role == "own"} == {best}
 
 
+@pytest.mark.parametrize("tuning", ["once", "per_replicate"])
+@pytest.mark.parametrize("program", ["search", "sweep"])
+def test_a_cell_has_replicates_of_its_own(tuning: str, program: str) -> None:
+    cells = (Cell("mlp", replicates=4), Cell("cnn", model="cnn"), Cell("third", data="digits", replicates=1))
+    there: dict[str, set[int]] = {}
+    for cell, made in programs_of(study(quick=design(cells=cells, tuning=tuning), program=program), "quick"):
+        judged = [row for row in drive(made)[0] if row.replicate < TUNING_SEEDS]
+        there.setdefault(cell, set()).update(row.replicate for row in judged)
+    assert there == {"mlp": {0, 1, 2, 3}, "cnn": {0, 1}, "third": {0}}
+
+
 def test_a_sweep_asks_once_and_reads_no_test_data() -> None:
     lines, requests = drive(programs_of(study(program="sweep"), "quick")[0][1])
     assert len(requests) == 1
@@ -164,10 +175,12 @@ grids = st.sampled_from([(0.1,), (0.1, 1.0), (0.01, 0.1, 1.0), (0.01, 0.1, 1.0, 
 
 
 @settings(max_examples=40)
-@given(arms, grids, st.integers(1, 3), st.sampled_from(["once", "per_replicate"]),
-       st.sampled_from(["search", "sweep"]), st.sampled_from(["quick", "smoke"]))  # fmt: skip
-def test_a_plan_counts_what_programs_ask_for(arms, lr, replicates, tuning, program, preset) -> None:  # type: ignore[no-untyped-def]
-    one = design(arms=arms, lr=lr, replicates=replicates, tuning=tuning)
+@given(arms, grids, st.integers(1, 3), st.sampled_from([None, 1, 4]),
+       st.sampled_from(["once", "per_replicate"]), st.sampled_from(["search", "sweep"]),
+       st.sampled_from(["quick", "smoke"]))  # fmt: skip
+def test_a_plan_counts_what_programs_ask_for(arms, lr, replicates, own, tuning, program, preset) -> None:  # type: ignore[no-untyped-def]
+    cells = (Cell("mlp", replicates=own), CELLS[1])
+    one = design(arms=arms, cells=cells, lr=lr, replicates=replicates, tuning=tuning)
     the_study: Study = study(quick=one, full=one, hypotheses=(), program=program)
     asked = {row.trial.key: row for _, made in programs_of(the_study, preset) for row in drive(made)[0]}
     planned = {trial.key: trial for trial in planned_rows(the_study, preset)}

@@ -42,10 +42,10 @@ from bnbench.report.searches import (
     searches_of,
 )
 from bnbench.report.terms import space_words, tuning_terms
-from bnbench.study import Arm, Choice, Entry, Range, Result, Table
+from bnbench.study import Arm, Cell, Choice, Entry, Range, Result, Table
 from bnbench.study.programs import programs_of
 from tests.doctored_results import doctored_report, recipe_report, recipe_result, recipe_study
-from tests.pilot_study import drive
+from tests.pilot_study import design, drive, study
 from tests.test_report import Page
 
 
@@ -309,6 +309,17 @@ def test_recipes_tuned_in_every_replicate_say_how_often_each_value_was_chosen() 
     )
     assert "Comparing the best" not in terms
     assert terms["Trainings to choose, an arm"] == "3 × 4 by searching, or 3 × 5 on the grid"
+
+
+def test_what_it_costs_to_choose_counts_the_replicates_of_each_cell() -> None:
+    cells = (Cell("mlp", replicates=4), Cell("cnn", model="cnn"))
+    arms = (Arm("none", norm="none"), Arm("batch", space=(Range("lr", 0.01, 1.0),)))
+    own = study(quick=design(cells=cells, arms=arms, trials=5))
+    result = StudyResult(own, "quick", own.hash("quick"), Table(()), (), 0)
+    said = dict(tuning_terms(result))["Trainings to choose, an arm"]
+    assert said == "; ".join(
+        f"{name}: {n} × 5 by searching, or {n} × 3 on the grid" for name, n in (("mlp", 4), ("cnn", 2))
+    )
 
 
 def test_the_design_says_what_is_searched_and_what_it_costs(result: StudyResult) -> None:

@@ -37,6 +37,9 @@ def refusal(make: Callable[[], Any]) -> str:
          "cell 'c': constants 'target' must be a finite number"),
         (lambda: Cell("c", constants={"target": True}), "must be a finite number, not True"),
         (lambda: Cell("c", constants={"target": float("nan")}), "must be a finite number, not nan"),
+        (lambda: Cell("c", replicates=0), "cell 'c': replicates must be a whole number of 1 or more, not 0"),
+        (lambda: Cell("c", replicates=2.0), "cell 'c': replicates must be a whole number of 1 or more"),
+        (lambda: Cell("c", replicates=True), "cell 'c': replicates must be a whole number of 1 or more"),
         (lambda: Cell("c", constants=0.5), "cell 'c': constants must be numbers by name"),
         (lambda: Cell("c", constants={1: 0.5}), "cell 'c': constants must be numbers by name"),
         (lambda: Cell("c", constnats={"target": 0.5}), "no field 'constnats'; did you mean 'constants'?"),
@@ -211,6 +214,26 @@ def test_factors_are_crossed_with_cells() -> None:
     assert crossed[3].constants == {"target": 0.6}
 
 
+def test_a_cell_may_have_replicates_of_its_own() -> None:
+    cells = (Cell("mlp", replicates=5), Cell("cnn", model="cnn"))
+    made = design(cells=cross(cells, Factor("batch_size", (8, 32))))
+    counts = {cell.name: made.replicates_in(cell.name) for cell in made.cells}
+    assert counts == {f"{name} · batch_size={size}": count
+                      for name, count in (("mlp", 5), ("cnn", 2)) for size in (8, 32)}  # fmt: skip
+    smoke = study(full=made, hypotheses=()).design("smoke")
+    assert {smoke.replicates_in(cell.name) for cell in smoke.cells} == {1}
+
+
+def test_a_definition_says_only_where_a_cell_has_other_replicates_than_its_design() -> None:
+    def cells_of(replicates: int | None, preset: str = "quick") -> Any:
+        own = design(cells=(Cell("mlp", replicates=replicates), CELLS[1]))
+        return study(quick=own, full=own).definition(preset)["cells"]
+
+    assert [cell.get("replicates") for cell in cells_of(5).values()] == [5, None]
+    assert cells_of(None) == cells_of(2) and "replicates" not in cells_of(None)["mlp"]
+    assert cells_of(5, "smoke") == cells_of(None, "smoke")
+
+
 def test_a_row_is_the_base_changed_by_cell_arm_and_point() -> None:
     base = Trial(steps=8, norm="none", batch_size=16)
     made = design(
@@ -256,6 +279,9 @@ CHANGES: dict[str, Callable[[], Study]] = {
         quick=design(cells=(CELLS[0], Cell("cnn", model="cnn", constants={"target": 1})))
     ),
     "the grid": lambda: study(quick=design(lr=(0.01, 0.1, 1.1))),
+    "a cell's replicates": lambda: study(
+        quick=design(cells=(Cell("mlp", replicates=3, constants=CELLS[0].constants), CELLS[1]))
+    ),
     "the replicates": lambda: study(quick=design(replicates=3)),
     "the tuning": lambda: study(quick=design(tuning="once")),
     "the timed steps": lambda: study(quick=design(timing_steps=50)),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnbench.cli.questions import asked_in, read_questions, write_question
 from bnbench.data import DATASETS
+from bnbench.engine.back_ends import FLEETS
 from bnbench.engine.suite import Job, prepare
-from bnbench.registry import BadInput, nearest
+from bnbench.registry import BadInput, check_choice, nearest
 from bnbench.study.load import load_study
 from bnbench.study.question import Question
 from bnbench.study.reading import reads_target
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from bnbench.cli.run import Request
 
 Note = Callable[[str], None]
+Check = Callable[[Study, str], Job]
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,20 @@ def presets_of(request: Request, has_gpus: bool) -> list[str]:
     return [request.preset]
 
 
-def jobs_for(request: Request, presets: Sequence[str], suite: Mapping[str, Study], note: Note) -> list[Job]:
+def jobs_for(
+    request: Request, presets: Sequence[str], suite: Mapping[str, Study], on_gpu: bool, note: Note
+) -> list[Job]:
     """The studies that were asked for, checked, at each preset; `note` is told what was left out."""
+    check_choice("--fleet", request.fleet, FLEETS)
+    check = partial(prepare, fleet=request.fleet, on_gpu=on_gpu)
     if request.question is None:
-        return _prepare(request, presets, suite)
+        return _prepare(request, presets, suite, check)
     jobs: list[Job] = []
     problem = ""
     for preset in presets:
         for word, study in _choose(request.words, suite).items():
             try:
-                jobs.append(_ask(word, study, request.question, preset, note))
+                jobs.append(_ask(word, study, request.question, preset, check, note))
             except BadInput as error:
                 problem = f"{word}: {error}" if word.endswith(".py") else str(error)
                 if request.words:
@@ -61,7 +68,7 @@ def jobs_for(request: Request, presets: Sequence[str], suite: Mapping[str, Study
     return jobs
 
 
-def _ask(word: str, study: Study, question: Question, preset: str, note: Note) -> AskedJob:
+def _ask(word: str, study: Study, question: Question, preset: str, check: Check, note: Note) -> AskedJob:
     if question.target is not None and not reads_target(study, preset):
         question = replace(question, target=None)
         if question == Question():
@@ -69,8 +76,8 @@ def _ask(word: str, study: Study, question: Question, preset: str, note: Note) -
     asked, notes = asked_in(study, question, preset)
     for text in notes:
         note(f"{asked.name}: {text}")
-    job = prepare(asked, preset)
-    return AskedJob(job.study, job.preset, job.study_hash, job.rows, word, question)
+    job = check(asked, preset)
+    return AskedJob(job.study, job.preset, job.study_hash, job.rows, word, question, back_ends=job.back_ends)
 
 
 def write_questions(jobs: Sequence[Job], runs: Path) -> None:
@@ -123,7 +130,7 @@ def _too_few(job: AskedJob, request: Request) -> str:
     return ""
 
 
-def _prepare(request: Request, presets: Sequence[str], suite: Mapping[str, Study]) -> list[Job]:
+def _prepare(request: Request, presets: Sequence[str], suite: Mapping[str, Study], check: Check) -> list[Job]:
     """Check every row of every study, and name the file of one that cannot be."""
     known = [word for word in request.words if word in suite or word.endswith(".py") or "/" in word]
     questions = read_questions(request.runs) if len(known) < len(request.words) else {}
@@ -136,7 +143,7 @@ def _prepare(request: Request, presets: Sequence[str], suite: Mapping[str, Study
                     raise BadInput(f"{word!r} was not asked at the preset {preset}; give another --preset")
                 study = questions[study.name, preset]
             try:
-                jobs.append(prepare(study, preset))
+                jobs.append(check(study, preset))
             except BadInput as error:
                 raise BadInput(f"{word}: {error}" if word.endswith(".py") else str(error)) from None
     return jobs

@@ -27,6 +27,12 @@ StorageUrl = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Where optuna-dashboard finds the searches; by default in --runs."),
 ]
+Fleet = Annotated[
+    str,
+    typer.Option(
+        help="Train rows of one shape together: auto, off, eager or compiled; auto does so with small models."
+    ),
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Publish nothing; `bnbench publish` does later.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained, and stop.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Verdicts only.")]

@@ -17,6 +17,7 @@ from rich.table import Table as TextTable
 
 from bnbench import placement
 from bnbench.cli.questions import read_questions
+from bnbench.engine.back_ends import check_back_end
 from bnbench.engine.conduct import killed, train_row
 from bnbench.engine.distributed import cluster_environment, launcher, leave_group
 from bnbench.engine.executors import LocalPool
@@ -24,7 +25,6 @@ from bnbench.engine.lock import hold
 from bnbench.engine.provenance import git_state
 from bnbench.engine.rows import check_trial
 from bnbench.engine.suite import Job, judge_recorded, prepare
-from bnbench.engine.train import Place, train
 from bnbench.exchange import read_rows, write_rows
 from bnbench.record import Record
 from bnbench.registry import BadInput, nearest
@@ -192,6 +192,7 @@ def read_trial(path: Path) -> Trial:
 def train_once(trial: Trial, gpus: str, data: Path) -> Result:
     """Train one row in a worker, as a study would, but beside `runs/`: no checkpoint, no saved weights."""
     check_trial(trial)
+    check_back_end(trial)
     chosen = placement.choose_gpus(gpus, os.environ)
     slots = placement.plan_workers(chosen, min(trial.devices, len(chosen)) or 1)
     with tempfile.TemporaryDirectory() as scratch, LocalPool(slots) as pool:
@@ -204,7 +205,7 @@ def _train_as_rank(trial: Trial, gpus: str, data: Path) -> Result:
     """Train one row in this process, which torchrun or srun has started as one of its ranks."""
     placement.enter(placement.Slot(0, placement.choose_gpus(gpus, os.environ)))
     with tempfile.TemporaryDirectory() as scratch:
-        result = train(trial, Place(data, Path(scratch), placement.device_here()))
+        result = train_row(trial.as_dict(), str(data), scratch)
     leave_group()
     return result
 

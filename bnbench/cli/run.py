@@ -66,6 +66,7 @@ class Request:
     ray: str | None = None
     allow_mixed: bool = False
     question: Question | None = None
+    fleet: str = "auto"
 
 
 def seconds(text: str) -> float:
@@ -86,7 +87,7 @@ def run(request: Request) -> int:
     presets = presets_of(request, bool(pool.gpus))
     suite = load_studies()
     note = partial(print_note, console)
-    asked = jobs_for(request, presets, suite, note)
+    asked = jobs_for(request, presets, suite, bool(pool.gpus), note)
     preflight = bool(pool.gpus) and not request.ray and not request.dry_run
     if not preflight:
         cards_here = "none" if request.ray else request.gpus
@@ -123,7 +124,7 @@ def run(request: Request) -> int:
 def jobs_of(request: Request) -> list[Job]:
     """The studies that were asked for, checked, at each of their presets."""
     has_gpus = bool(placement.choose_gpus(request.gpus, os.environ))
-    return jobs_for(request, presets_of(request, has_gpus), load_studies(), lambda _: None)
+    return jobs_for(request, presets_of(request, has_gpus), load_studies(), has_gpus, lambda _: None)
 
 
 def _open_pool(request: Request) -> LocalPool | RayPool:
@@ -257,7 +258,17 @@ def _mixtures(cell: str, table: Table) -> list[str]:
             lines.append(
                 f"the rows of {cell} were trained with {name} {' and '.join(kinds)}; compare with care"
             )
+    if _mixes_back_ends(table.of(cell=cell, roles=["own", "common", "tune"])):
+        lines.append(
+            f"the rows of {cell} that are compared were trained by several back ends; compare with care"
+        )
     return lines
+
+
+def _mixes_back_ends(entries: Sequence[Entry]) -> bool:
+    """Whether rows of one replicate have several; those with probes have one of their own."""
+    used = {(entry.replicate, entry.trial.backend) for entry in entries if not entry.trial.probes}
+    return len(used) > len({replicate for replicate, _ in used})
 
 
 def _work(

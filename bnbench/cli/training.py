@@ -13,6 +13,7 @@ from bnbench.cli.options import (
     Changes,
     DataFolder,
     DryRun,
+    Fleet,
     Gpus,
     Offline,
     OwnData,
@@ -61,6 +62,7 @@ def run(
     seeds: Seeds = None,
     target: Target = None,
     changes: Changes = None,
+    fleet: Fleet = "auto",
 ) -> int:
     """Run studies: train what is missing, print verdicts, write the report.
 
@@ -94,6 +96,7 @@ def run(
             ray=ray,
             allow_mixed=allow_mixed,
             question=question_of(data, model, norm, seeds, target, changes or ()),
+            fleet=fleet,
         )
     )
 
@@ -112,6 +115,7 @@ def plan(
     seeds: Seeds = None,
     target: Target = None,
     changes: Changes = None,
+    fleet: Fleet = "auto",
 ) -> int:
     """Say what would be trained and about how long that takes on this machine."""
     return run(
@@ -129,6 +133,7 @@ def plan(
         seeds=seeds,
         target=target,
         changes=changes,
+        fleet=fleet,
     )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 from bnbench.data import DATASETS
-from bnbench.engine.conduct import train_row
+from bnbench.engine.conduct import train_rows
+from bnbench.engine.fleet import FLEET_SIZE
 from bnbench.engine.rows import look_steps, probes_of
 from bnbench.record import Record
 from bnbench.study.table import Result
@@ -65,6 +66,8 @@ _REFERENCE_WIDTH = {"mlp": ("width", 128), "cnn": ("channels", 16)}
 _WIDTH_POWER = 0.75
 _OTHER_MODEL = (2e-3, 2e-3)
 _BESIDE = 0.045
+#: How many times as fast a row's steps are in a fleet.
+_FLEET_SPEEDUP = 1.6
 #: What several processes add: to a step, to one with synchronized statistics, and to the rest.
 _JOINED, _SYNCHRONIZED, _JOINING = 2e-3, 10e-3, 0.3
 
@@ -78,7 +81,7 @@ def reference_cost(trial: Trial) -> Cost:
         option, width = _REFERENCE_WIDTH[trial.model]
         step *= (trial.model_options.get(option, width) / width) ** _WIDTH_POWER
     if trial.world_size == 1:
-        return Cost(step, _BESIDE)
+        return Cost(step if trial.backend == "single" else step / _FLEET_SPEEDUP, _BESIDE)
     joined = _SYNCHRONIZED if trial.norm == "sync_batch" else _JOINED
     return Cost(step + joined, _BESIDE + _JOINING)
 
@@ -103,10 +106,11 @@ def known_costs(record: Record) -> dict[str, Cost]:
     for trial, result in record.rows():
         if result.status == "done":
             found.setdefault(shape_of(trial), []).append(_cost_of(trial, result))
-    return {
-        shape: Cost(fmean(cost.step for cost in costs), fmean(cost.beside for cost in costs))
-        for shape, costs in found.items()
-    }
+    return {shape: _mean(costs) for shape, costs in found.items()}
+
+
+def _mean(costs: Sequence[Cost]) -> Cost:
+    return Cost(fmean(cost.step for cost in costs), fmean(cost.beside for cost in costs))
 
 
 def probe_of(trial: Trial, steps: int) -> Trial:
@@ -124,29 +128,42 @@ def probe_of(trial: Trial, steps: int) -> Trial:
     )
 
 
+def rows_like(trial: Trial) -> list[Trial]:
+    """What is trained to try a row: itself, or a whole fleet, which is never compiled, as that takes long."""
+    if trial.backend == "single":
+        return [trial]
+    return [trial.replace(backend="eager", seed=trial.seed + number) for number in range(FLEET_SIZE)]
+
+
 def measure_costs(
     trials: Iterable[Trial], known: Costs, executor: Executor, data: Path, runs: Path
 ) -> dict[str, Cost]:
-    """The cost of every shape among the trials; unknown ones train for a few steps.
+    """The cost of every shape among the trials; unknown ones train for a few steps, alone or in a fleet.
 
     A shape whose rows are hardly longer than that is not tried: to find out would cost more than it tells.
     """
     costs = dict(known)
     shapes = {shape_of(trial): trial for trial in trials if trial.steps > 2 * _PROBE_STEPS}
-    probes = {shape: probe_of(trial, _PROBE_STEPS) for shape, trial in shapes.items() if shape not in costs}
-    task: Callable[..., Result] = train_row  # `devices` is for the executor
+    probes = {
+        shape: rows_like(probe_of(trial, _PROBE_STEPS))
+        for shape, trial in shapes.items()
+        if shape not in costs
+    }
+    task: Callable[..., list[Result]] = train_rows  # `devices` is for the executor
     places = str(data.absolute()), str(runs.absolute())
-    # Two rounds: the first one of each pays for loading the data and warming up.
-    for _ in range(2):
+    # Two rounds: the first one of each pays for loading the data and warming up. In a fleet that is little.
+    for last in (False, True):
         futures = {
-            shape: executor.submit(task, probe.as_dict(), *places, devices=probe.devices)
-            for shape, probe in probes.items()
+            shape: executor.submit(task, [row.as_dict() for row in rows], *places, devices=rows[0].devices)
+            for shape, rows in probes.items()
+            if last or len(rows) == 1
         }
         for shape, future in futures.items():
             if isinstance(future.exception(), BrokenExecutor):
                 continue  # the study itself will say by name which row kills its worker
-            if (result := future.result()).status != "failed":
-                costs[shape] = _cost_of(probes[shape], result)
+            pairs = zip(probes[shape], future.result(), strict=True)
+            if found := [_cost_of(row, result) for row, result in pairs if result.status != "failed"]:
+                costs[shape] = _mean(found)
     return costs
 
 

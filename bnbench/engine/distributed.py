@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.trainer.connectors import callback_connector
+from lightning.pytorch.utilities import argparse as environment_defaults
 from torch import Tensor
 
 from bnbench.registry import BadInput
@@ -174,10 +176,15 @@ def trainer_for(
 ) -> L.Trainer:
     """The Trainer of a row on "cuda" or "cpu", with nothing in it that would cost time but these callbacks.
 
-    Callbacks that other installed packages offer to every Trainer stay out: they could change what a row
-    trains, and to look for them takes longer than a small row's evaluation.
+    Callbacks that other installed packages offer to every Trainer stay out, and so do arguments from the
+    environment (PL_TRAINER_MAX_STEPS and the like): they could change what a row trains, and to look for
+    them takes longer than a small row's evaluation.
     """
-    with quiet_lightning(), patch.object(callback_connector, "_load_external_callbacks", lambda group: []):
+    with (
+        quiet_lightning(),
+        patch.object(callback_connector, "_load_external_callbacks", lambda group: []),
+        patch.object(environment_defaults, "_parse_env_variables", lambda cls: Namespace()),
+    ):
         return L.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",
             devices=trial.devices,
@@ -224,6 +231,8 @@ def leave_group() -> None:
 def quiet_lightning() -> Iterator[None]:
     """Keep Lightning from telling what it does."""
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    # A change of level empties the caches of all loggers there are, so within this context it is left alone.
+    loggers = [logger for logger in loggers if logger.level != logging.ERROR]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

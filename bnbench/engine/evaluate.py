@@ -21,14 +21,15 @@ HOTTEST = 20.0  # a fitted temperature lies between 1 / HOTTEST and HOTTEST
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's mode is put back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    in_training = [module for module in model.modules() if module.training]
+    if in_training:
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in in_training:
+            module.training = True
 
 
 def logits_of(model: nn.Module, arrays: Arrays) -> Tensor:

@@ -70,7 +70,8 @@ def can_fleet(trial: Trial) -> bool:
     return _equals_separate(json.dumps(row.changed(), sort_keys=True))
 
 
-_NEUTRAL = Trial(lr=0.01)
+# So small a rate that a deep network, whose gradients explode, does not magnify rounding in its second step.
+_NEUTRAL = Trial(lr=1e-6)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -18,6 +18,8 @@ from bnbench.study.trial import Trial
 
 CURVE_RATIO = 1.15
 LOOKS = 40  # how often a row with `until_train_nll` looks at its training NLL, at most
+#: Fields of a row that its module can be built with whatever they are.
+_FREE = {"lr", "data_seed", "seed", "repeat", "score_on", "curve_points", "until_train_nll", "alone"}
 
 
 def module_arguments(trial: Trial) -> dict[str, Any]:
@@ -71,9 +73,8 @@ def check_trial(trial: Trial) -> None:
             f" {trial.num_nodes} --nproc-per-node {trial.devices} -m bnbench.cli train trial.json) or by srun"
             f" (--nodes {trial.num_nodes} --ntasks-per-node {trial.devices} bnbench train trial.json)"
         )
-    same = {"lr": 0.1, "data_seed": 0, "seed": 0, "repeat": 0, "score_on": "val", "curve_points": 0}
-    shape = trial.replace(**same, until_train_nll=None, alone=False)
-    _check_shape(json.dumps(shape.changed(), sort_keys=True))
+    shape = {name: value for name, value in trial.changed().items() if name not in _FREE}
+    _check_shape(json.dumps(shape, sort_keys=True))
 
 
 def curve_steps(steps: int, points: int) -> list[int]:

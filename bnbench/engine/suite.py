@@ -7,10 +7,11 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from bnbench.engine.back_ends import back_ends_of, check_back_end, on_back_end, program_on
 from bnbench.engine.conduct import Observer, conduct
 from bnbench.engine.rows import check_trial, module_arguments
 from bnbench.engine.search import draw
@@ -27,21 +28,29 @@ from bnbench.study.verdicts import Verdict, to_json
 
 @dataclass(frozen=True)
 class Job:
-    """One study at one preset, checked: every row of it can be built."""
+    """One study at one preset, checked: every row of it can be built.
+
+    `rows` are those that are trained, on the back ends of their cells (`back_ends`, by name).
+    """
 
     study: Study
     preset: str
     study_hash: str
     rows: tuple[Trial, ...]
+    back_ends: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
 
-def prepare(study: Study, preset: str) -> Job:
-    """Expand a study's rows and check each distinct shape. Raises BadInput that names cell and arm."""
+def prepare(study: Study, preset: str, fleet: str = "off", on_gpu: bool = False) -> Job:
+    """Expand a study's rows and check each distinct shape; `fleet` says which train in fleets.
+
+    Raises BadInput that names cell and arm.
+    """
     design = study.design(preset)
     for cell in design.cells:
         for arm in design.arms_in(cell.name):
             try:
                 check_trial(design.trial(cell, arm, 0))
+                check_back_end(design.trial(cell, arm, 0))
                 space = arm.space_in(cell.name)
                 for number in range(most_levels(space)):
                     check_trial(design.searched(cell, arm, 0, stand_in(space, number)))
@@ -49,7 +58,9 @@ def prepare(study: Study, preset: str) -> Job:
                 raise BadInput(
                     f"study {study.name!r}, cell {cell.name!r}, arm {arm.name!r}: {error}"
                 ) from None
-    return Job(study, preset, study.hash(preset), tuple(planned_rows(study, preset)))
+    back_ends = back_ends_of(design, fleet, on_gpu)
+    rows = planned_rows(study, preset, lambda cell, row: on_back_end(row, back_ends[cell]))
+    return Job(study, preset, study.hash(preset), tuple(rows), back_ends=back_ends)
 
 
 def families(suite: Mapping[str, Study], job: Job) -> dict[str, int]:
@@ -96,7 +107,8 @@ def run_jobs(
     for study_hash, job in by_hash.items():
         record.register(study_hash, job.study.definition(job.preset))
         for cell, program in programs_of(job.study, job.preset, draw):
-            programs.append(((study_hash, cell), overheard(program, partial(on_told, job))))
+            program = overheard(program_on(program, job.back_ends[cell]), partial(on_told, job))
+            programs.append(((study_hash, cell), program))
             left[study_hash, cell] += 1
     presets = list(dict.fromkeys(job.preset for job in jobs))
 
@@ -104,8 +116,9 @@ def run_jobs(
         job = by_hash[name[0]]
         design = job.study.design(job.preset)
         cell = design.cell(name[1])
+        rows = (design.trial(cell, arm, 0) for arm in design.arms_in(cell.name))
         return presets.index(job.preset), sum(
-            cost_of(design.trial(cell, arm, 0)) for arm in design.arms_in(cell.name)
+            cost_of(on_back_end(row, job.back_ends[cell.name])) for row in rows
         )
 
     places = {name: place(name) for name in left}

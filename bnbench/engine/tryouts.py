@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from bnbench.data import load_split
-from bnbench.engine.conduct import train_row
+from bnbench.engine.conduct import train_rows
+from bnbench.engine.cost import rows_like
 from bnbench.placement import device_here
 from bnbench.study.table import Result
+from bnbench.study.trial import trial_from
 from bnbench.tracking import open_store
 
 _EXPERIMENT = "bnbench/preflight"
@@ -69,6 +71,7 @@ def write_run(uri: str, runs: str) -> None:
 
 
 def train_twice(values: Mapping[str, Any], data: str, runs: str) -> Result:
-    """Train a row, and again, since the first time includes the warming up."""
-    first = train_row(values, data, runs)
-    return first if first.status == "failed" else train_row(values, data, runs)
+    """Train a row, and again in its fleet, if it has one, since the first time includes the warming up."""
+    rows = [row.as_dict() for row in rows_like(trial_from(values))]
+    (first,) = train_rows(rows[:1], data, runs)
+    return first if first.status == "failed" else train_rows(rows, data, runs)[0]

@@ -47,8 +47,8 @@ class StudyResult:
         if self.verdicts:
             return all(verdict.gate != "incomplete" for verdict in self.verdicts)
         own = {(e.cell, e.arm, e.replicate) for e in self.table.entries if e.role == "own"}
-        arms = sum(len(self.design.arms_in(cell.name)) for cell in self.design.cells)
-        wanted = arms * self.design.replicates
+        design = self.design
+        wanted = sum(len(design.arms_in(c.name)) * design.replicates_in(c.name) for c in design.cells)
         return self.recorded >= self.planned or len(own) >= wanted
 
     @property

@@ -96,13 +96,13 @@ def _cost(design: Design, cell: Cell) -> str:
     costs = []
     if searched_arms(design, cell):
         trials = design.trials_in(cell.name)
-        searches = design.searches if once else design.replicates
+        searches = design.searches if once else design.replicates_in(cell.name)
         more = searches * min(SHORTLIST, trials) * (TUNING_REPLICATES - 1) if once else 0
         costs.append(
             f"{searches} × {trials} by searching" + (f" and up to {more} to compare" if more else "")
         )
     if any(not arm.space_in(cell.name) for arm in design.arms):
-        replicates = TUNING_REPLICATES if once else design.replicates
+        replicates = TUNING_REPLICATES if once else design.replicates_in(cell.name)
         costs.append(f"{replicates} × {len(design.lr)} on the grid")
     return ", or ".join(costs)
 

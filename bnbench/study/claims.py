@@ -155,7 +155,7 @@ def _judge_cell(
     there = {replicate.index: replicate for replicate in table.replicates(cell.name, cell.constants)}
     estimates: list[Estimate] = []
     missing: list[str] = []
-    for index in range(design.replicates):
+    for index in range(design.replicates_in(cell.name)):
         try:
             estimates.append(_observe(study, design, hypothesis, there.get(index)))
         except (LookupError, ValueError, ArithmeticError) as error:
@@ -181,7 +181,7 @@ def _judge_cell(
     if missing:
         more = f" (and {len(missing) - 1} more replicates)" if len(missing) > 1 else ""
         return dataclasses.replace(verdict, gate="incomplete", reason=missing[0] + more)
-    replicates = [there[index] for index in range(design.replicates)]
+    replicates = [there[index] for index in range(design.replicates_in(cell.name))]
     verdict = _measure(verdict, estimates, bootstrap)
     verdict = _follow_doses(verdict, hypothesis, replicates)
     if study.program == "search":

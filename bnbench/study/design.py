@@ -61,20 +61,32 @@ class Arm:
 class Cell:
     """The unit of a verdict: model, data and factor levels as a named change to the row.
 
-    `constants` are numbers registered with the cell that analysis reads, such as a target accuracy.
+    `constants` are numbers registered with the cell that analysis reads, such as a target accuracy. A cell
+    with `replicates` has so many, whatever its design says.
     """
 
     name: str
     changes: Mapping[str, Any]
     constants: Mapping[str, float]
+    replicates: int | None
 
-    def __init__(self, name: str, *, constants: Mapping[str, float] | None = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        constants: Mapping[str, float] | None = None,
+        replicates: int | None = None,
+        **changes: Any,
+    ) -> None:
         checks.check_name("cell", name)
-        checks.check_changes(f"cell {name!r}", changes, "constants")
+        checks.check_changes(f"cell {name!r}", changes, "constants", "replicates")
+        if replicates is not None:
+            checks.check_whole(f"cell {name!r}: replicates", replicates, least=1)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "changes", changes)
         numbers = checks.numbers(f"cell {name!r}: constants", {} if constants is None else constants)
         object.__setattr__(self, "constants", numbers)
+        object.__setattr__(self, "replicates", replicates)
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,8 @@ def cross(cells: tuple[Cell, ...], *factors: Factor) -> tuple[Cell, ...]:
     for cell, *levels in itertools.product(cells, *(f.levels for f in factors)):
         pairs = list(zip((f.field for f in factors), levels, strict=True))
         name = " · ".join([cell.name, *(f"{key}={value}" for key, value in pairs)])
-        combined.append(Cell(name, constants=cell.constants, **{**cell.changes, **dict(pairs)}))
+        changes = {**cell.changes, **dict(pairs)}
+        combined.append(Cell(name, constants=cell.constants, replicates=cell.replicates, **changes))
     return tuple(combined)
 
 
@@ -189,6 +202,11 @@ class Design:
     def arms_in(self, cell: str) -> tuple[Arm, ...]:
         """The arms that are compared in a cell."""
         return tuple(arm for arm in self.arms if not arm.cells or cell in arm.cells)
+
+    def replicates_in(self, cell: str) -> int:
+        """The number of replicates of a cell: its own, or the design's; at the smallest size always that."""
+        own = self.cell(cell).replicates
+        return self.replicates if own is None or self.smoke else own
 
     def trials_in(self, cell: str) -> int:
         """The number of points of one search in a cell."""

@@ -97,7 +97,10 @@ class _Asked:
             key = json.dumps([kind, row.until_train_nll is None]) if asked.moves else cell.name
             changes = {name: value for name, value in cell.changes.items() if name not in replaced}
             new = Cell(
-                self._cell_name(cell, row), constants=self._constants(cell), **self._with_norm(changes)
+                self._cell_name(cell, row),
+                constants=self._constants(cell),
+                replicates=asked.replicates or cell.replicates,
+                **self._with_norm(changes),
             )
             groups.setdefault(key, []).append((new, cell))
         pairs: list[tuple[Cell, Cell]] = []
@@ -107,7 +110,7 @@ class _Asked:
             if twin is not None:
                 row, other = (self.design.base.replace(**old.changes) for old in (cell, twin))
                 name = _told_apart(new.name, row, other, fitted)
-                new = Cell(name, constants=new.constants, **new.changes)
+                new = Cell(name, constants=new.constants, replicates=new.replicates, **new.changes)
             pairs.append((new, cell))
         if origins := [f"{new.name} as {old.name}" for new, old in pairs if new.name != old.name]:
             self.notes.append(f"cells, with steps and all else of the study's own: {'; '.join(origins)}")

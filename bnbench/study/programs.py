@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -265,7 +265,7 @@ def search_once(study: Study, design: Design, cell: Cell, sampler: Sampler) -> P
     confirmed = yield from measure(
         [
             row
-            for replicate in range(design.replicates)
+            for replicate in range(design.replicates_in(cell.name))
             for row in (
                 *confirmed_at(study, design, cell, replicate, chosen),
                 *timed_at(design, cell, replicate, chosen),
@@ -304,25 +304,30 @@ def programs_of(study: Study, preset: str, sampler: Sampler = no_sampler) -> lis
             if study.program == "search"
             else measure(grid_of(design, cell, replicate, "sweep")),
         )
-        for replicate in range(design.replicates)
+        for replicate in range(max(design.replicates_in(cell.name) for cell in design.cells))
         for cell in design.cells
+        if replicate < design.replicates_in(cell.name)
     ]
 
 
-def planned_rows(study: Study, preset: str) -> list[Trial]:
+def planned_rows(
+    study: Study, preset: str, changed: Callable[[str, Trial], Trial] = lambda cell, row: row
+) -> list[Trial]:
     """The rows that a study will train: exactly known for grids, stand-ins where results decide.
 
     A row may stand for another learning rate or point than the one that is chosen, so use this for counts
-    and times only. Rows that appear twice are listed once.
+    and times only. Rows that appear twice are listed once. `changed` makes of a cell's name and a row the row
+    that is trained in its place.
     """
     design = study.design(preset)
-    rows = [trial for cell in design.cells for trial in _planned_in(study, design, cell)]
+    rows = [changed(cell.name, row) for cell in design.cells for row in _planned_in(study, design, cell)]
     return list({trial.key: trial for trial in rows}.values())
 
 
 def _planned_in(study: Study, design: Design, cell: Cell) -> Iterable[Trial]:
     once = _tunes_once(study, design)
-    tuned = _TUNING if once else range(design.replicates)
+    replicates = range(design.replicates_in(cell.name))
+    tuned = _TUNING if once else replicates
     for replicate in tuned:
         for wanted in grid_of(design, cell, replicate, "tune" if study.program == "search" else "sweep"):
             yield wanted.trial
@@ -341,7 +346,7 @@ def _planned_in(study: Study, design: Design, cell: Cell) -> Iterable[Trial]:
             other = design.lr[0] if arm.name != study.baseline else middle
             chosen = [design.trial(cell, arm, 0, lr=lr) for lr in (middle, other)]
         if study.program == "search":
-            for replicate in range(design.replicates):
+            for replicate in replicates:
                 for one in chosen:
                     yield confirmation(design, one, replicate)
                 if design.timing_steps:

@@ -211,6 +211,7 @@ class Study:
             "cells": {
                 cell.name: {
                     "constants": dict(cell.constants),
+                    **_own_replicates(design, cell),
                     "arms": {
                         arm.name: design.trial(cell, arm, 0).changed() for arm in design.arms_in(cell.name)
                     },
@@ -240,6 +241,12 @@ class Study:
         """12 hexadecimal digits of SHA-256 over the definition: the study's identity."""
         text = json.dumps(self.definition(preset), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _own_replicates(design: Design, cell: Cell) -> dict[str, int]:
+    """What a definition says of a cell with another number of replicates than its design."""
+    own = design.replicates_in(cell.name)
+    return {} if own == design.replicates else {"replicates": own}
 
 
 def _cells(hypothesis: Hypothesis, design: Design) -> tuple[Cell, ...]:

@@ -28,7 +28,7 @@ _CHOICES = {
     "schedule": ("constant", "cosine", "trapezoid"),
     "recalibration": ("none", "precise"),
     "precision": ("32-true", "64-true", "bf16-mixed"),
-    "backend": ("single",),
+    "backend": ("single", "eager", "compiled"),
 }
 
 
@@ -54,6 +54,10 @@ class Trial:
     trainings of one row that differ in their random numbers alone: one that is not 0 joins the seed of the
     training. With `alone` a study trains nothing beside the row, so that its `time/step_ms` is that of an
     idle machine.
+
+    `backend` says how the row is trained: "single" by itself, "eager" and "compiled" in a fleet, by a step
+    that is vectorized over the fleet's rows (`torch.vmap`), and for "compiled" also compiled. It is part of
+    the key, since rounding differs between them; with which other rows, and how many, changes nothing.
     """
 
     data: str = "mnist1d"
@@ -126,6 +130,8 @@ class Trial:
         for name in ("label_noise", "dropout", "momentum", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         _require(0 <= self.warmup <= 1, "warmup", self.warmup, "between 0 and 1")
+        fits = self.backend == "single" or self.world_size == 1
+        _require(fits, "backend", self.backend, "'single' for a row on several devices")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Trial) and self.key == other.key
