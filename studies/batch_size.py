@@ -31,6 +31,7 @@ QUICK = replace(
             model="mlp",
             steps=600,
             constants={"target": 0.54, "delta_acc": 1.0},
+            replicates=20,
         ),
     ),
     arms=(
@@ -88,7 +89,7 @@ STUDY = Study(
             better=("NBS 32",),
             other=("NBS 4",),
             unit="pp",
-            half_width={"mlp-mnist1d": 1.1},
+            half_width={"mlp-mnist1d": 0.72},
         ),
         Hypothesis(
             name="P3.b",
@@ -134,7 +135,7 @@ STUDY = Study(
             better=("B 64, NBS 16",),
             other=("B 256, NBS 16",),
             unit="log ratio",
-            half_width={"mlp-mnist1d": 0.14},
+            half_width={"mlp-mnist1d": 0.092},
         ),
         Hypothesis(
             name="P3.d not BN",
@@ -151,7 +152,7 @@ STUDY = Study(
             better=("B 256, NBS 16", "B 64, NBS 16", "none, B 256", "none, B 64"),
             kind="equivalent",
             unit="log ratio",
-            half_width={"mlp-mnist1d": 0.15},
+            half_width={"mlp-mnist1d": 0.098},
         ),
         Hypothesis(
             name="P3.d 64 to 16",

@@ -40,8 +40,8 @@ BESIDE = (
 QUICK = Design(
     base=Trial(schedule="trapezoid", warmup=0.05, n_train=400, seed=400, data_seed=400),
     cells=(
-        Cell("mlp-digits", data="digits", model="mlp", steps=200, constants=FITS),
-        Cell("mlp-mnist1d", data="mnist1d", model="mlp", steps=300, constants=FITS),
+        Cell("mlp-digits", data="digits", model="mlp", steps=200, constants=FITS, replicates=20),
+        Cell("mlp-mnist1d", data="mnist1d", model="mlp", steps=300, constants=FITS, replicates=20),
         Cell("cnn-digits", data="digits", steps=150, **CNN, constants=FITS),
         Cell("cnn-mnist1d", data="mnist1d", steps=250, **CNN, constants={**FITS, "delta_acc": 0.5}),
     ),
@@ -88,7 +88,7 @@ STUDY = Study(
             better=BATCH_DROPOUT,
             other=("batch",),
             unit="pp",
-            half_width={"mlp-digits": 0.75, "mlp-mnist1d": 0.9, "cnn-digits": 0.7, "cnn-mnist1d": 2.5},
+            half_width={"mlp-digits": 0.49, "mlp-mnist1d": 0.59, "cnn-digits": 0.7, "cnn-mnist1d": 2.5},
         ),
         Hypothesis(
             name="P5.nll",

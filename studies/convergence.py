@@ -22,7 +22,12 @@ QUICK = Design(
     base=Trial(schedule="trapezoid", warmup=0.05, seed=300, data_seed=300),
     cells=(
         Cell(
-            "mlp-digits", data="digits", model="mlp", steps=75, constants={"target": 0.91, "delta_acc": 1.0}
+            "mlp-digits",
+            data="digits",
+            model="mlp",
+            steps=75,
+            constants={"target": 0.91, "delta_acc": 1.0},
+            replicates=20,
         ),
         Cell(
             "mlp-mnist1d",
@@ -30,6 +35,7 @@ QUICK = Design(
             model="mlp",
             steps=600,
             constants={"target": 0.54, "delta_acc": 1.0},
+            replicates=20,
         ),
         Cell(
             "cnn-digits",
@@ -133,7 +139,7 @@ STUDY = Study(
             other=("none",),
             unit="log ratio",
             cells=PRIMARY,
-            half_width={"mlp-digits": 0.5, "mlp-mnist1d": 0.18, "cnn-digits": 0.18, "cnn-mnist1d": 0.22},
+            half_width={"mlp-digits": 0.33, "mlp-mnist1d": 0.12, "cnn-digits": 0.18, "cnn-mnist1d": 0.22},
         ),
         Hypothesis(
             name="C1.sigmoid",

@@ -28,8 +28,8 @@ PROBES = {"covariate_shift": {"every": 20, "relative_step": 0.001}, "drift": {"e
 QUICK = Design(
     base=Trial(schedule="trapezoid", warmup=0.05, recalibration="precise", seed=500, data_seed=500),
     cells=(
-        Cell("mlp8-digits", data="digits", steps=120, **MLP8, constants={"target": 0.88}),
-        Cell("mlp8-mnist1d", data="mnist1d", steps=240, **MLP8, constants={"target": 0.4}),
+        Cell("mlp8-digits", data="digits", steps=120, **MLP8, constants={"target": 0.88}, replicates=20),
+        Cell("mlp8-mnist1d", data="mnist1d", steps=240, **MLP8, constants={"target": 0.4}, replicates=20),
         Cell("cnn-digits", data="digits", steps=150, **CNN, constants={"target": 0.87}),
     ),
     arms=(
@@ -100,7 +100,7 @@ STUDY = Study(
                 value="relative_common",
             ),
             delta=log(1.25),
-            half_width={"mlp8-digits": 0.13, "cnn-digits": 0.16},
+            half_width={"mlp8-digits": 0.085, "cnn-digits": 0.16},
             **PAIR,
         ),
         Hypothesis(

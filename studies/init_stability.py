@@ -20,7 +20,11 @@ WIDTHS = {norm: tuple((f"{norm} × {scale:g}", scale) for scale in SCALES) for n
 # them, tuned in the same way, gave the expected half-widths.
 QUICK = Design(
     base=Trial(schedule="trapezoid", warmup=0.05, seed=300, data_seed=300),
-    cells=(Cell("mlp12-digits", data="digits", model="mlp", model_options={"depth": 12}, steps=80),),
+    cells=(
+        Cell(
+            "mlp12-digits", data="digits", model="mlp", model_options={"depth": 12}, steps=80, replicates=20
+        ),
+    ),
     arms=ARMS,
     lr=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
 )
@@ -63,7 +67,7 @@ STUDY = Study(
             better=tuple(name for name, _ in WIDTHS["batch"]),
             other=tuple(name for name, _ in WIDTHS["none"]),
             unit="decades",
-            half_width={"mlp12-digits": 0.25},
+            half_width={"mlp12-digits": 0.16},
         ),
         Hypothesis(
             name="C2.c",

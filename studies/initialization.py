@@ -14,9 +14,9 @@ from bnbench.study.estimands import accuracy_difference
 
 INITS = {"xavier": "Xavier's", "torch": "torch's default", "normal": "N(0, 0.01²)"}
 HALF_WIDTHS = {
-    "xavier": {"mlp8-digits": 1.1, "cnn-digits": 0.6},
-    "torch": {"mlp8-digits": 0.8, "cnn-digits": 0.7},
-    "normal": {"mlp8-digits": 0.6, "cnn-digits": 0.8},
+    "xavier": {"mlp8-digits": 0.72, "cnn-digits": 0.6},
+    "torch": {"mlp8-digits": 0.52, "cnn-digits": 0.7},
+    "normal": {"mlp8-digits": 0.39, "cnn-digits": 0.8},
 }
 SHALLOW, DEEP = ("mlp8-digits", "cnn-digits"), ("mlp20-digits",)
 FULL_DEEP = ("mlp20-cifar10", "vgg16-cifar10")
@@ -33,6 +33,7 @@ QUICK = Design(
             model_options={"depth": 8},
             steps=150,
             constants={"delta_acc": 1.0},
+            replicates=20,
         ),
         Cell(
             "cnn-digits",
@@ -49,6 +50,7 @@ QUICK = Design(
             model_options={"depth": 20},
             steps=80,
             constants={"delta_acc": 1.0},
+            replicates=20,
         ),
     ),
     arms=(

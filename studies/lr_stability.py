@@ -26,7 +26,7 @@ STUDY = Study(
             other=("none",),
             unit="decades",
             cells=PRIMARY,
-            half_width={"mlp-digits": 0.5, "mlp-mnist1d": 0.22, "cnn-digits": 0.22, "cnn-mnist1d": 0.22},
+            half_width={"mlp-digits": 0.33, "mlp-mnist1d": 0.14, "cnn-digits": 0.22, "cnn-mnist1d": 0.22},
         ),
         Hypothesis(
             name="C2.layer",

@@ -21,8 +21,12 @@ RESIDUAL = ("resnet8-digits",)
 QUICK = Design(
     base=Trial(schedule="trapezoid", warmup=0.05, seed=300, data_seed=300),
     cells=(
-        Cell("mlp-digits", data="digits", model="mlp", steps=150, constants={"delta_acc": 1.0}),
-        Cell("mlp-mnist1d", data="mnist1d", model="mlp", steps=600, constants={"delta_acc": 1.0}),
+        Cell(
+            "mlp-digits", data="digits", model="mlp", steps=150, constants={"delta_acc": 1.0}, replicates=20
+        ),
+        Cell(
+            "mlp-mnist1d", data="mnist1d", model="mlp", steps=600, constants={"delta_acc": 1.0}, replicates=20
+        ),
         Cell("cnn-digits", data="digits", steps=100, **CNN, constants={"delta_acc": 1.0}),
         Cell("cnn-mnist1d", data="mnist1d", steps=400, **CNN, constants={"delta_acc": 0.5}),
         Cell("resnet8-digits", data="digits", steps=80, **RESNET, constants={"delta_acc": 1.0}),
@@ -99,8 +103,8 @@ STUDY = Study(
             unit="pp",
             cells=(*PRIMARY, *(cell.name for cell in FULL_PRIMARY)),
             half_width={
-                "mlp-digits": 0.8,
-                "mlp-mnist1d": 0.7,
+                "mlp-digits": 0.52,
+                "mlp-mnist1d": 0.46,
                 "cnn-digits": 1.2,
                 "cnn-mnist1d": 0.5,
                 "resnet8-digits": 0.6,

@@ -25,11 +25,33 @@ MATCHED = "mlp-mnist1d, matched"
 QUICK = Design(
     base=Trial(schedule="trapezoid", warmup=0.05, n_train=400, seed=300, data_seed=300),
     cells=(
-        Cell("mlp-digits", data="digits", model="mlp", steps=150, constants={"min_train_acc": 0.95}),
-        Cell("mlp-mnist1d", data="mnist1d", model="mlp", steps=400, constants={"min_train_acc": 0.95}),
+        Cell(
+            "mlp-digits",
+            data="digits",
+            model="mlp",
+            steps=150,
+            constants={"min_train_acc": 0.95},
+            replicates=20,
+        ),
+        Cell(
+            "mlp-mnist1d",
+            data="mnist1d",
+            model="mlp",
+            steps=400,
+            constants={"min_train_acc": 0.95},
+            replicates=20,
+        ),
         Cell("cnn-digits", data="digits", steps=150, **CNN, constants={"min_train_acc": 0.95}),
         Cell("cnn-mnist1d", data="mnist1d", steps=200, **CNN, constants={"min_train_acc": 0.95}),
-        Cell(MATCHED, data="mnist1d", model="mlp", steps=300, until_train_nll=0.1, schedule="constant"),
+        Cell(
+            MATCHED,
+            data="mnist1d",
+            model="mlp",
+            steps=300,
+            until_train_nll=0.1,
+            schedule="constant",
+            replicates=20,
+        ),
     ),
     arms=(
         Arm("none", norm="none"),
@@ -122,7 +144,7 @@ STUDY = Study(
             other=("NBS full",),
             unit="nats",
             cells=(*PRIMARY, *FULL_CELLS),
-            half_width=dict(zip(PRIMARY, (0.05, 0.4, 0.01, 0.07), strict=True)),
+            half_width=dict(zip(PRIMARY, (0.033, 0.26, 0.01, 0.07), strict=True)),
         ),
         *(
             Hypothesis(

@@ -72,8 +72,8 @@ QUICK = Design(
         norm="batch", n_train=400, schedule="constant", warmup=0.05, steps=300, seed=300, data_seed=300
     ),
     cells=(
-        Cell(MATCHED[0], data="digits", model="mlp", until_train_nll=0.1),
-        Cell(MATCHED[1], data="mnist1d", model="mlp", until_train_nll=0.5),
+        Cell(MATCHED[0], data="digits", model="mlp", until_train_nll=0.1, replicates=20),
+        Cell(MATCHED[1], data="mnist1d", model="mlp", until_train_nll=0.5, replicates=20),
         Cell(MATCHED[2], data="digits", **CNN, steps=200, until_train_nll=0.2),
         Cell(
             EQUAL_STEPS,
@@ -82,6 +82,7 @@ QUICK = Design(
             steps=200,
             schedule="trapezoid",
             constants={"delta_acc": 1.0},
+            replicates=20,
         ),
     ),
     arms=(
@@ -168,7 +169,7 @@ STUDY = Study(
                 unit="nats/decade",
                 primary=not more,
                 cells=cells,
-                half_width=dict(zip(MATCHED, (0.3, 0.08, 0.04), strict=True)) if cells == MATCHED else {},
+                half_width=dict(zip(MATCHED, (0.2, 0.052, 0.04), strict=True)) if cells == MATCHED else {},
             )
             for name, doses, cells, more in (
                 ("P4.a", FOUR, MATCHED, ""),
