@@ -54,7 +54,8 @@ def can_fleet(trial: Trial) -> bool:
 
     Two replicas of different seeds, learning rates and weight decays do two steps in float64 on the smallest
     batch that the norms take; losses, parameters, buffers and momentum must equal those of separate trainings
-    to 1e-10. Rows that are probed or timed, or that train on several devices, train alone.
+    to 1e-10 of a tensor's largest value (of 1 where that is less). Rows that are probed or timed, or that
+    train on several devices, train alone.
     """
     if trial.probes or trial.alone or trial.world_size > 1:
         return False
@@ -112,7 +113,11 @@ def _equals_separate(text: str) -> bool:
     pairs = [(lonely, losses)]
     for one, other in zip(alone, together, strict=True):
         pairs += zip(_changing(one), _changing(other), strict=True)
-    return all(torch.allclose(a, b, rtol=1e-10, atol=1e-10, equal_nan=True) for a, b in pairs)
+    return all(_largest(one - other) <= 1e-10 * max(1.0, _largest(one)) for one, other in pairs)
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
 
 
 def _changing(member: ChunkedClassifier) -> list[Tensor]:
@@ -189,6 +194,10 @@ class FleetClassifier(L.LightningModule):
         self._x = owners[0].x if alone else torch.cat([arrays.x for arrays in owners])
         self._y = owners[0].y if alone else torch.cat([arrays.y for arrays in owners])
 
+    _stacked: dict[str, Tensor]
+    _trained: list[Tensor]
+    _reference: Tensor | None
+
     @torch.no_grad()
     def keep(self, members: Sequence[ChunkedClassifier]) -> None:
         """Go on with these members; the others keep the weights that they have, in memory of their own."""
@@ -200,7 +209,10 @@ class FleetClassifier(L.LightningModule):
                 for tensor in _tensors_of(member).values():
                     tensor.data = tensor.data.clone()
         self.members = list(members)
+        self._stacked, self._trained, self._reference = {}, [], None
         if not members:
+            # Trainer and module hold each other, and a cycle may live long: it is to hold no data.
+            self._x = self._y = torch.empty(0)
             return
         rows = [_tensors_of(member) for member in members]
         places = rows + rows[:1] * self._missing
@@ -212,7 +224,6 @@ class FleetClassifier(L.LightningModule):
         self._trained = [self._stacked[name].requires_grad_() for name in rows[0] if name in trained]
         position = {name: i for i, name in enumerate(name for name in rows[0] if name in trained)}
         self._orders = [_order_of(member, position) for member in members]
-        self._reference = None
         if self.stacked_loss.referring:
             own = [cast(Tensor, member.reference) for member in members]
             self._reference = torch.stack(own + own[:1] * self._missing)

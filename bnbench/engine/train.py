@@ -158,6 +158,7 @@ def _train_together(replicas: Sequence[Replica], blocks: Blocks) -> None:
     blocks.ended = lambda: not fleet.members
     with first.checkpoint.during():
         _fit(trainer_for(first.trial, first.place.device), fleet, blocks, first.place)
+    fleet.keep([])
 
 
 def _signed(result: Result, trial: Trial, place: Place, started: float, seconds: float) -> Result:
