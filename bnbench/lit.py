@@ -215,10 +215,16 @@ class NormClassifier(L.LightningModule):
             raise BadInput(f"gamma_decay is {gamma_decay}, but norm {norm!r} learns no scale here; use 0")
         self._ramped: list[FollowsProgress] = []
         self._referring: list[TakesReference] = []
-        for phase in ("val", "test"):
-            self.add_module(f"{phase}_loss", MeanMetric())
-            self.add_module(f"{phase}_acc", MulticlassAccuracy(num_classes, average="micro"))
-            self.add_module(f"{phase}_ece", MulticlassCalibrationError(num_classes, n_bins=15))
+
+    def setup(self, stage: str) -> None:
+        """Add the metrics of validation and test, where no earlier stage has."""
+        # Here, since they take longer to build than a small model.
+        if not hasattr(self, "val_loss"):
+            num_classes = self.hparams["num_classes"]
+            for phase in ("val", "test"):
+                self.add_module(f"{phase}_loss", MeanMetric())
+                self.add_module(f"{phase}_acc", MulticlassAccuracy(num_classes, average="micro"))
+                self.add_module(f"{phase}_ece", MulticlassCalibrationError(num_classes, n_bins=15))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of a batch."""

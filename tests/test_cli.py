@@ -14,15 +14,14 @@ from bnbench.cli.app import call
 from bnbench.cli.progress import duration
 from bnbench.cli.run import seconds
 from bnbench.registry import BadInput
-from tests.tiny_study import call as run_process
-from tests.tiny_study import metrics_of, verdicts_of, write_tiny
+from tests.tiny_study import call_here, metrics_of, verdicts_of, write_tiny
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the tiny study has been run."""
     folder = tmp_path_factory.mktemp("cli")
-    run_process("run", write_tiny(folder), "--preset", "quick", folder=folder, data=folder / "data")
+    call_here("run", write_tiny(folder), "--preset", "quick", folder=folder, data=folder / "data")
     return folder
 
 
@@ -137,13 +136,6 @@ def test_a_claim_is_judged_within_one_preset() -> None:
     alone = {claim.id: verdict for claim, verdict in gather([quick], whole.runs).claims}
     both = {claim.id: verdict for claim, verdict in gather([other, quick], whole.runs).claims}
     assert both == alone
-
-
-def test_help_needs_no_torch() -> None:
-    code = "import sys; from bnbench.cli.app import call; call(['--help']); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    assert "run" in done.stdout
 
 
 def test_list_and_norms_name_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:

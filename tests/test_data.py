@@ -338,13 +338,13 @@ def test_unknown_names_are_explained(folder):
         dataset("shapeless")
 
 
-def test_a_missing_package_is_named(folder, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
     def version(package: str) -> str:
         raise PackageNotFoundError(package)
 
     monkeypatch.setattr("bnbench.data.digits.version", version)
     with pytest.raises(BadInput, match=r"needs the package scikit-learn; pip install 'bnbench\[study\]'"):
-        load_split("digits", 0, folder=folder)
+        load_split("digits", 0, folder=tmp_path)
 
 
 def test_the_default_folder_is_named_by_the_environment(monkeypatch, tmp_path):

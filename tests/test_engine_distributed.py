@@ -21,7 +21,8 @@ from bnbench.data import load_split, step_indices
 from bnbench.engine.chunked import ChunkedClassifier
 from bnbench.engine.distributed import Group, cluster_environment, launcher
 from bnbench.engine.ranks import run_ranks
-from bnbench.engine.train import Place, check_trial, module_arguments, train
+from bnbench.engine.rows import check_trial, module_arguments
+from bnbench.engine.train import Place, train
 from bnbench.lit import NormClassifier
 from bnbench.record import Record
 from bnbench.registry import BadInput

@@ -189,7 +189,7 @@ class Stopped(BaseException):
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_a_resumed_training_is_bitwise_the_undisturbed_one(norm, number, folder, tmp_path, monkeypatch):
     row = ROW.replace(**norm, dropout=0.2, curve_points=0)
-    monkeypatch.setattr("bnbench.engine.train.curve_steps", lambda steps, points: [2, 5, 12, 20])
+    monkeypatch.setattr("bnbench.engine.replica.curve_steps", lambda steps, points: [2, 5, 12, 20])
     undisturbed = train(row, Place(folder, tmp_path / "undisturbed"))
     save, seen = Checkpoint.maybe_save, []
 

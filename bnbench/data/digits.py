@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,14 +23,19 @@ def read_digits(data_seed: int, folder: Path) -> Parts:
 
     Kept in the folder, because scikit-learn takes longer to import than this takes to read.
     """
-    arrays = cache.cached_arrays(folder / f"digits-{version('scikit-learn')}.npz", _copy_from_sklearn)
-    samples = Samples(arrays["x"], arrays["y"])
+    samples = _stored_digits(folder)
     order = stratified_order(torch.from_numpy(samples.y), generator(data_seed, "digits", "split"))
     return Parts(
         samples.take(order[VAL + TEST :]),
         samples.take(order[:VAL]),
         samples.take(order[VAL : VAL + TEST]),
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _stored_digits(folder: Path) -> Samples:
+    arrays = cache.cached_arrays(folder / f"digits-{version('scikit-learn')}.npz", _copy_from_sklearn)
+    return Samples(arrays["x"], arrays["y"])
 
 
 def _copy_from_sklearn() -> cache.Arrays:

@@ -74,6 +74,8 @@ class Checkpoint:
 
     def restore(self, model: nn.Module, optimizer: FusedSGD) -> Progress:
         """Load what is there, and say how far it was; a broken file or one of another torch is ignored."""
+        if not self.path.exists():
+            return Progress()
         mine = changing_tensors(model, optimizer)
         try:
             state = torch.load(self.path, weights_only=True, map_location="cpu")
@@ -125,8 +127,10 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Remove the checkpoint of a row that is done, and what a killed process left half written."""
-        for file in self.path.parent.glob(f"{self.path.stem}.*"):
-            file.unlink(missing_ok=True)
+        folder = self.path.parent
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if file.name.startswith(f"{self.path.stem}."):
+                file.unlink(missing_ok=True)
 
 
 def changing_tensors(model: nn.Module, optimizer: FusedSGD) -> list[torch.Tensor]:

@@ -212,6 +212,9 @@ class ChunkedClassifier(NormClassifier):
             chosen = step_indices(len(train), size, 0, 1, *training_seed, "reference")[0]
             self.reference = train.x[chosen.to(train.x.device)]
 
+    def setup(self, stage: str) -> None:
+        """No metrics: the engine evaluates by itself."""
+
     def configure_optimizers(self) -> None:
         """No optimizer that Lightning could step: :class:`FusedSGD` is made when training starts."""
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from bnbench.engine.evaluate import (
     worst_scores,
 )
 from bnbench.engine.rows import check_trial, curve_steps, look_steps, module_arguments
-from bnbench.norms.recalibrate import has_moments, precise_statistics
+from bnbench.norms.recalibrate import buffers_restored, has_moments, recalibrate
 from bnbench.probes.base import Probe
 from bnbench.study.table import Result
 from bnbench.study.trial import Trial
@@ -52,17 +51,28 @@ class Place:
     device: str = "cpu"
 
 
-@functools.lru_cache(maxsize=2)
-def _split(
-    name: str, seed: int, n_train: int | None, noise: float, options: str, folder: Path, device: str
-) -> Split:
-    split = load_split(name, seed, folder=folder, n_train=n_train, label_noise=noise, **json.loads(options))
-    return dataclasses.replace(
-        split,
-        train=split.train.to(device),
-        train_clean_y=split.train_clean_y.to(device),
-        val=split.val.to(device),
-    )
+#: Splits that were used last: two, and of small data so many as fit in so many bytes.
+_kept: dict[tuple[Any, ...], Split] = {}
+_KEPT_BYTES = 64 * 2**20
+
+
+def _split(*key: Any) -> Split:
+    name, seed, n_train, noise, options, folder, device = key
+    split = _kept.pop(key, None)
+    if split is None:
+        split = load_split(
+            name, seed, folder=folder, n_train=n_train, label_noise=noise, **json.loads(options)
+        )
+        split = dataclasses.replace(
+            split,
+            train=split.train.to(device),
+            train_clean_y=split.train_clean_y.to(device),
+            val=split.val.to(device),
+        )
+    _kept[key] = split
+    while len(_kept) > 2 and sum(s.train.x.nbytes + s.val.x.nbytes for s in _kept.values()) > _KEPT_BYTES:
+        del _kept[next(iter(_kept))]
+    return split
 
 
 def checkpoint_of(trial: Trial, place: Place, every: float = EVERY, least: float = LEAST) -> Checkpoint:
@@ -118,7 +128,8 @@ class Replica:
         if len(self.split.in_shape) == 3:
             self.module.to(memory_format=torch.channels_last)
         self.module.held_out = self.arrays(self.split.val) if self.probes else None
-        self.module.to(place.device)
+        if place.device != "cpu":
+            self.module.to(place.device)
         self.model = self.module.model
         self.optimizer = self.module.prepare()
         self.drawn = curve_steps(trial.steps, trial.curve_points)
@@ -129,18 +140,34 @@ class Replica:
         self.block_losses: list[float] = []
         self.initial: dict[str, float] = {}
         self.edges: set[int] = set()
+        #: The step and number of samples of the last precise statistics, and the buffers with them.
+        self._precise_at: tuple[int, int] | None = None
+        self._precise: list[Tensor] = []
 
     def arrays(self, arrays: Arrays) -> Arrays:
         """The same samples in the type that the row computes in."""
         return Arrays(arrays.x.double(), arrays.y) if self.trial.precision == "64-true" else arrays
 
-    def precise(self, samples: int = RECALIBRATION_SAMPLES) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def precise(self, samples: int = RECALIBRATION_SAMPLES) -> Iterator[None]:
         """Population statistics from 512 training samples, or so many, put back afterwards."""
+        with buffers_restored(self.model):
+            if self._precise_at == (self.progress.step, samples):
+                for buffer, value in zip(self.model.buffers(), self._precise, strict=True):
+                    buffer.copy_(value)
+            else:
+                self.recalibrate(samples)
+                self._precise_at = (self.progress.step, samples)
+                self._precise = [buffer.clone() for buffer in self.model.buffers()]
+            yield
+
+    def recalibrate(self, samples: int) -> None:
+        """Set the running statistics to those of so many training samples."""
         size = self.trial.global_batch
         full = max(samples, size) // size * size
         sample = self.arrays(_first(self.split.train, full))
         batches = eval_batches(_first(sample, len(sample) // size * size), size)
-        return precise_statistics(self.model, (self.group.share_of(x) for x, _ in batches))
+        recalibrate(self.model, (self.group.share_of(x) for x, _ in batches))
 
     def begin(self) -> Blocks:
         """Measure the initial loss, take up a checkpoint that is there, and say which blocks are left."""

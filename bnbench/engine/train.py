@@ -98,7 +98,8 @@ def _train_alone(replica: Replica, trainer: L.Trainer) -> None:
     module.after_block = after_block
     with replica.checkpoint.during():
         _fit(trainer, module, blocks, replica.place)
-    module.to(replica.place.device)  # Lightning has taken it to the processor.
+    if replica.place.device != "cpu":
+        module.to(replica.place.device)  # Lightning has taken it to the processor.
 
 
 def _fit(trainer: L.Trainer, module: L.LightningModule, blocks: Blocks, place: Place) -> None:

@@ -159,9 +159,10 @@ class Slot:
         entry = NORMS[self.norm]
         if self.order == "act-norm" and not entry.replaces_activation:
             return True
+        if entry.centres:
+            return False
         with torch.device("meta"):
-            shifts = getattr(self.build_norm(num_features, dim), "bias", None) is not None
-        return not (entry.centres or shifts)
+            return getattr(self.build_norm(num_features, dim), "bias", None) is None
 
     def _reparametrize(self, linear: nn.Module) -> None:
         if self.reparam is not None:
@@ -218,11 +219,12 @@ def build_model(
     entry = MODELS[name]
     _check(entry, in_shape, num_classes, slot, options)
     device = torch.get_default_device()
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
+    built_on = torch.device("meta" if device.type == "meta" else "cpu")
+    with torch.random.fork_rng(devices=[]), built_on:
         torch.default_generator.manual_seed(0)
         built = entry.build(tuple(in_shape), num_classes, slot, **options)
     check_last_norm(name, built, slot.last_norm_options)
-    return built.to(device)
+    return built if device == built_on else built.to(device)
 
 
 def _check(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -112,32 +113,45 @@ def norm(
 # Hooks: what a norm may offer beyond forward(). A caller asks with isinstance; nothing need be inherited.
 
 
-@runtime_checkable
-class KeepsMoments(Protocol):
+class _Hook(ABC):  # noqa: B024 (its heirs are abstract)
+    """What a class offers that has all methods of the hook.
+
+    ABC keeps the answer for each class. A Protocol looks at every layer anew, and a row asks 200 times.
+    """
+
+    @classmethod
+    def __subclasshook__(cls, kind: type) -> Any:
+        # A layer that inherits from a hook has no abstract methods, and is no hook itself.
+        methods = cls.__abstractmethods__
+        return all(hasattr(kind, method) for method in methods) if methods else NotImplemented
+
+
+class KeepsMoments(_Hook):
     """A norm whose running statistics can be set to those of a population (precise statistics).
 
     While its attribute `frozen`, if it has one, is true, its statistics are left as they are.
     """
 
+    @abstractmethod
     def batch_moments(self, x: Tensor) -> tuple[Tensor, ...]:
         """Float64 means over the input, one tensor a quantity; averages of them over batches, weighted by
         the number of samples, determine the buffers."""
 
+    @abstractmethod
     def set_moments(self, *means: Tensor) -> None:
         """Write the buffers from these averages, in place."""
 
 
-@runtime_checkable
-class FollowsProgress(Protocol):
+class FollowsProgress(_Hook):
     """A norm with a ramp over the training."""
 
+    @abstractmethod
     def set_progress(self, fraction: float) -> None:
         """Called with the fraction of the training that is done, 0 to 1: before each training step, and
         before the evaluations in between and at the end."""
 
 
-@runtime_checkable
-class TakesReference(Protocol):
+class TakesReference(_Hook):
     """A norm whose statistics come from a reference batch.
 
     reference_size: how many samples it should have; None leaves it to the caller.
@@ -148,6 +162,7 @@ class TakesReference(Protocol):
     reference_size: int | None
     reference_rows: int
 
+    @abstractmethod
     def set_reference(self, x: Tensor) -> None:
         """Take the statistics of x, the layer's input for the reference batch, as constants."""
 

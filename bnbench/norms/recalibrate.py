@@ -41,7 +41,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng([device.index] if device.type == "cuda" else []))
-        stack.enter_context(_buffers_restored(model))
+        stack.enter_context(buffers_restored(model))
         stack.enter_context(_modes_restored(model))
         model.eval()
         for layer, layer_sums in zip(layers, sums, strict=True):
@@ -63,7 +63,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 @contextmanager
 def precise_statistics(model: nn.Module, batches: Iterable[Any]) -> Iterator[nn.Module]:
     """Recalibrate a model for the duration of a `with` block, then put its buffers back."""
-    with _buffers_restored(model):
+    with buffers_restored(model):
         recalibrate(model, batches)
         yield model
 
@@ -112,7 +112,8 @@ def _means_over_processes(sums: list[Tensor]) -> list[Tensor]:
 
 
 @contextmanager
-def _buffers_restored(model: nn.Module) -> Iterator[None]:
+def buffers_restored(model: nn.Module) -> Iterator[None]:
+    """Put all buffers of a model back at the end of a `with` block."""
     before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield

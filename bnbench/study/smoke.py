@@ -12,39 +12,45 @@ from bnbench.study.trial import Trial
 #: Two steps: the second one starts from what the first has changed.
 STEPS = 2
 #: Batches are not made smaller than this.
-LEAST_BATCH = 8
+LEAST_BATCH = 4
 #: So many samples are evaluated: to evaluate a large network takes longer than two steps of it.
-EVALUATED = 8
+EVALUATED = 4
 CURVE_POINTS = 1
 #: A probe that costs more training steps a reading is left out: with a large network it takes minutes.
 MOST_PASSES = 10
 _DECIDED = ("steps", "batch_size", "n_train", "n_eval", "data_options")
+#: Norms that take samples together take so many at most: two ghost batches make a batch.
+_TOGETHER = {"ghost_size": LEAST_BATCH // 2, "reference_size": LEAST_BATCH}
 
 
 def smallest(trial: Trial) -> Trial:
     """The row for two steps of the smallest batch that its norms take, on no more data than that.
 
-    Data that would have to be downloaded are made up. Raises BadInput for unknown data.
+    Norms that take samples together take fewer, and data that would have to be downloaded are made up. Raises
+    BadInput for unknown data.
     """
     # Brings torch.
     from bnbench.data import DATASETS
 
-    row = trial.replace(steps=STEPS, batch_size=_smallest_batch(trial))
+    row = _with_smallest_batch(trial.replace(steps=STEPS))
     options = {**trial.data_options, **DATASETS[trial.data].offline}
-    changes = {"n_train": row.global_batch, "n_eval": EVALUATED, "data_options": options}
-    for name in ("norm_options", "last_norm_options"):
-        given = getattr(trial, name)
-        if "reference_size" in given:
-            changes[name] = {**given, "reference_size": min(given["reference_size"], row.batch_size)}
-    return row.replace(**changes)
+    return row.replace(n_train=row.global_batch, n_eval=EVALUATED, data_options=options)
 
 
 def cheap(probes: Mapping[str, Any]) -> dict[str, Any]:
-    """The probes whose reading takes no longer than all else that is done with such a row."""
+    """The probes whose reading takes no longer than all else that is done with such a row.
+
+    Those that read every so many steps do so before the first and after the last one: some, like `drift`,
+    compare a reading with the one before.
+    """
     # Brings torch.
     from bnbench.probes import PROBES
 
-    return {name: options for name, options in probes.items() if PROBES[name].probe.passes <= MOST_PASSES}
+    kept = {name: options for name, options in probes.items() if PROBES[name].probe.passes <= MOST_PASSES}
+    return {
+        name: {**options, "every": min(options["every"], STEPS)} if "every" in options else options
+        for name, options in kept.items()
+    }
 
 
 def left_of(space: Space | Mapping[str, Space]) -> Space | dict[str, Space]:
@@ -58,11 +64,23 @@ def _left_of(space: Space) -> Space:
     return tuple(d for d in space if not set(_DECIDED) & set(fields_of(d)))
 
 
-def _smallest_batch(trial: Trial) -> int:
+def _with_smallest_batch(trial: Trial) -> Trial:
     own = trial.batch_size
     if not _takes(trial, own):
-        return own  # What cannot be trained is refused, in this preset too.
-    return next(size for size in range(min(LEAST_BATCH, own), own + 1) if _takes(trial, size))
+        return trial  # What cannot be trained is refused, in this preset too.
+    least = min(LEAST_BATCH, own)
+    small = trial.replace(
+        norm_options=_with_fewer(trial.norm_options, least),
+        last_norm_options=_with_fewer(trial.last_norm_options, least),
+    )
+    sizes = range(least, own + 1)
+    return next(row.replace(batch_size=size) for row in (small, trial) for size in sizes if _takes(row, size))
+
+
+def _with_fewer(options: Mapping[str, Any], least: int) -> dict[str, Any]:
+    """The options of a norm that takes fewer samples together."""
+    taken = {name: min(options[name], most, least) for name, most in _TOGETHER.items() if options.get(name)}
+    return {**options, **taken}
 
 
 def _takes(trial: Trial, batch_size: int) -> bool:

@@ -108,7 +108,8 @@ class Trial:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _checked(f.name, str(f.type), getattr(self, f.name)))
+            if (value := getattr(self, f.name)) is not f.default:
+                object.__setattr__(self, f.name, _checked(f.name, str(f.type), value))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 value = getattr(self, name)

@@ -38,12 +38,16 @@ def trace_of_row(entry: Entry, probe: str) -> Trace:
 
 
 def probed(entry: Entry, probe: str, value: str, *, step: int) -> float:
-    """The last reading of a probe up to a step. Raises LookupError where there is no finite one."""
+    """The last finite reading of a probe up to a step: what it was before, in a network that has diverged.
+
+    Raises LookupError where there is none.
+    """
     trace = trace_of_row(entry, probe)
-    number = trace.at(max((s for s in trace.steps if s <= step), default=step)).values[value]
-    if not math.isfinite(number):
-        raise LookupError(f"{probe} of {entry.arm!r} has no finite {value} at step {step}")
-    return number
+    readings = [trace.at(s).values[value] for s in trace.steps if s <= step]
+    finite = [number for number in readings if math.isfinite(number)]
+    if not finite:
+        raise LookupError(f"{probe} of {entry.arm!r} has no finite {value} up to step {step}")
+    return finite[-1]
 
 
 def log_probe_ratio(
