@@ -3,6 +3,8 @@
     python benchmarks/coordinator.py              the table of docs/scale-out.md: 1, 2, 4, 8 and 16 workers
     python benchmarks/coordinator.py 4 64         other numbers of workers
 
+It takes minutes, and so is no part of `make bench`.
+
 A whole `bnbench run` of a small study is timed at two sizes, and what is printed is the slope: the cost of
 one more trial, without what a run costs anyhow (imports, the report). Each worker sleeps and answers with the
 result of a real training. "CPU" is the processor time of the coordinator's process, "wall" how much longer a
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -61,10 +63,10 @@ STUDY = Study(
 """
 
 
-def sleep(result: Any) -> Any:
+def sleep(results: list[Any]) -> list[Any]:
     """What a worker does in place of a training."""
     time.sleep(SLEEP)
-    return result
+    return results
 
 
 def run_once(workers: int, replicates: int, published: bool) -> dict[str, float]:
@@ -81,14 +83,20 @@ def run_once(workers: int, replicates: int, published: bool) -> dict[str, float]
 
     class Sleepers(LocalPool):
         def submit(  # type: ignore[override]
-            self, fn: Callable[..., Any], /, values: Mapping[str, Any], data: str, runs: str, devices: int = 1
+            self,
+            fn: Callable[..., Any],
+            /,
+            values: Sequence[Mapping[str, Any]],
+            data: str,
+            runs: str,
+            devices: int = 1,
         ) -> Future[Any]:
             nonlocal trials
             trials += 1
-            trial = trial_from(values)
+            (trial,) = map(trial_from, values)
             if trial.score_on not in trained:
                 trained[trial.score_on] = train(trial, Place(Path(data), Path(runs)))
-            return super().submit(sleep, trained[trial.score_on])
+            return super().submit(sleep, [trained[trial.score_on]])
 
     with tempfile.TemporaryDirectory() as scratch:
         study = Path(scratch) / "sleeping.py"
@@ -101,6 +109,7 @@ def run_once(workers: int, replicates: int, published: bool) -> dict[str, float]
             workers=workers,
             per_gpu=1,
             budget=None,
+            fleet="off",
             runs=Path(scratch) / "runs",
             data=default_folder(),
             offline=not published,

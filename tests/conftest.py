@@ -1,5 +1,6 @@
 """What all tests share."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -24,8 +25,12 @@ def tripwire() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests that start programs first, so that in the end no core waits for another one's long file."""
-    items.sort(key=lambda item: not _starts_programs(item))
+    """Put long files first, so that in the end no core waits for another one's.
+
+    Those are the files whose tests start programs, and then those with many tests.
+    """
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (not _starts_programs(item), -tests[item.path], item.path))
 
 
 def _starts_programs(item: pytest.Item) -> bool:

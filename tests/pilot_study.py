@@ -66,18 +66,21 @@ def invented(trial: Trial) -> Result:
 
 
 def invented_trace(name: str, trial: Trial, luck: float) -> Trace:
-    """What a probe might measure: its own names of values, at the steps that the row asks for."""
+    """What a probe might measure at the steps that the row asks for, NaN where it must be."""
     steps = build_probe(name, **trial.probes[name]).due_steps(trial.steps)
-    values = {value: tuple(0.1 + luck / (1 + step) for step in steps) for value in names_of_values(name)}
+    values = {
+        value: tuple(first if n == 0 else 0.1 + luck / (1 + step) for n, step in enumerate(steps))
+        for value, first in first_reading(name).items()
+    }
     return Trace(steps=tuple(steps), values=values)
 
 
 @functools.cache
-def names_of_values(name: str) -> tuple[str, ...]:
-    """The names of the values that a probe measures, from a small network."""
+def first_reading(name: str) -> Mapping[str, float]:
+    """What a probe measures first, in a small network; NaN what it can say only of a change since then."""
     model = NormClassifier("mlp", in_shape=(4,), num_classes=3, model_options={"depth": 4, "width": 8})
     x, y = torch.randn(64, 4), torch.arange(64) % 3
-    return tuple(build_probe(name, samples=64).measure(model, x, y, Moment(0, 0.1, 8, (x, y))).values)
+    return build_probe(name, samples=64).measure(model, x, y, Moment(0, 0.1, 8, (x, y))).values
 
 
 def drive(

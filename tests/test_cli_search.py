@@ -11,8 +11,7 @@ from bnbench.cli.app import call
 from bnbench.cli.search import Question, study_text
 from bnbench.registry import BadInput
 from bnbench.study.load import load_study
-from tests.tiny_study import call as run_process
-from tests.tiny_study import statuses, verdicts_of
+from tests.tiny_study import call_here, statuses, verdicts_of
 
 MINE = '''
 from torch import nn
@@ -34,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model of one's own, for which a search has been run."""
     folder = tmp_path_factory.mktemp("search")
     (folder / "mine.py").write_text(MINE)
-    run_process(*ASKED.split(), folder=folder, data=folder / "data")
+    call_here(*ASKED.split(), folder=folder, data=folder / "data")
     return folder
 
 
@@ -50,11 +49,11 @@ def test_a_model_of_ones_own_is_searched_confirmed_and_compared(folder: Path) ->
 
 def test_the_same_question_trains_nothing_new_and_its_file_is_a_study(folder: Path) -> None:
     before = verdicts_of(folder / "runs")
-    out, _ = run_process(*ASKED.split(), folder=folder, data=folder / "data")
+    out, _ = call_here(*ASKED.split(), folder=folder, data=folder / "data")
     assert "nothing was trained" in out
     assert verdicts_of(folder / "runs") == before
     path = folder / "runs" / "searches" / "search-mine.MyNet-digits.py"
-    out, _ = run_process(
+    out, _ = call_here(
         "run", path.relative_to(folder), "--preset", "quick", folder=folder, data=folder / "data"
     )
     assert "nothing was trained" in out
@@ -63,7 +62,7 @@ def test_the_same_question_trains_nothing_new_and_its_file_is_a_study(folder: Pa
 
 def test_another_question_of_the_same_name_is_refused(folder: Path) -> None:
     asked = ASKED.replace("--trials 3", "--trials 4").split()
-    _, err = run_process(*asked, folder=folder, data=folder / "data", expect=2)
+    _, err = call_here(*asked, folder=folder, data=folder / "data", expect=2)
     assert "holds another search" in err
     assert "--name" in err
     assert err.count("\n") == 1

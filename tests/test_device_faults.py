@@ -20,7 +20,8 @@ from tests.pretended_devices import DeviceFault, Pretended, guard_for_cuda, take
 on_each_kind = pytest.mark.parametrize("kind", ["meta", "cuda"])
 IMAGES = torch.zeros(8, 3, 8, 8)
 SIZES = {"mlp": {"width": 16}, "cnn": {"channels": 8}}
-DEEPER = {"resnet32", "resnet44", "resnet56", "resnet110"}  # resnet20's code and layers, more of them
+# Code and layers of resnet8 and vgg11, more of them.
+DEEPER = {f"resnet{depth}" for depth in (20, 32, 44, 56, 110)} | {f"vgg{depth}" for depth in (13, 16, 19)}
 EXAMPLES_OF = {name: NORMS[name].examples[0] for name in NORMS}
 EXAMPLES = {str(case): (case.entry.name, dict(case.options)) for name in NORMS for case in norm_cases(name)}
 
@@ -90,7 +91,7 @@ def test_small_models_run_with_every_norm(model, example, kind):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_residual_nets_run_with_every_norm(norm):
-    run_model("meta", build("resnet20", Slot(norm, EXAMPLES_OF[norm])))
+    run_model("meta", build("resnet8", Slot(norm, EXAMPLES_OF[norm])))
 
 
 @on_each_kind
@@ -103,7 +104,7 @@ def test_every_model_runs(model, kind):
 @pytest.mark.parametrize(("order", "shortcut"), [*zip(ORDERS, "BABA", strict=True)])
 def test_every_order_and_shortcut_runs(order, shortcut, kind):
     slot = Slot(order=order, dropout=0.1, dropout_at="before-norm", activation="gelu")
-    run_model(kind, build("resnet20", slot, shortcut=shortcut))
+    run_model(kind, build("resnet8", slot, shortcut=shortcut))
 
 
 @on_each_kind
@@ -125,7 +126,7 @@ STEPS = {
     "momentum None": {"norm_options": {"momentum": None}},
     "unused parameters": {"norm": "none", "order": "act-norm"},
     "all": {
-        "model": "resnet20",
+        "model": "resnet8",
         "model_options": {"width": 8},
         "augment": "crop-flip-cutout",
         "weight_decay": 0.01,
@@ -160,7 +161,7 @@ def test_evaluation_gathers_its_logits_on_the_device(kind):
 
 def test_precise_statistics_need_no_value():
     device = Pretended("meta")
-    model = device.module(build("resnet20", Slot()))
+    model = device.module(build("resnet8", Slot()))
     batches = [device.tensor(IMAGES), device.tensor(IMAGES[:3])]
     with device.watched():
         recalibrate(model, batches)

@@ -122,6 +122,14 @@ def test_a_missing_trace_is_a_missing_row() -> None:
         probed(entry("a"), "drift", "input_mean", step=0)
 
 
+def test_of_a_network_that_has_diverged_the_last_finite_reading_is_taken() -> None:
+    lost = entry("he", "sweep", gradient_flow=trace(log_factor=(0.2, math.nan, math.inf)))
+    assert probed(lost, "gradient_flow", "log_factor", step=100) == 0.2
+    never = entry("he", "sweep", gradient_flow=trace(log_factor=(math.nan, math.nan, 1.0)))
+    with pytest.raises(LookupError, match="no finite log_factor up to step 10"):
+        probed(never, "gradient_flow", "log_factor", step=10)
+
+
 def test_an_allowance_shifts_the_ratio_of_steps_and_keeps_what_it_may_show() -> None:
     found = replicate(entry("a"), entry("b"))
     ratio = log_steps_ratio(found, better="a", other="b")

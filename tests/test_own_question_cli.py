@@ -12,8 +12,7 @@ import pytest
 
 from bnbench.cli.app import call
 from tests.test_data_image_folder import write
-from tests.tiny_study import call as run_process
-from tests.tiny_study import statuses, verdicts_of, write_tiny
+from tests.tiny_study import call_here, statuses, verdicts_of, write_tiny
 
 MINE = '''
 from torch import nn
@@ -45,9 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label, name in enumerate(("cat", "dog", "fish")):
         for number in range(40):
             write(folder / "images" / "train" / name / f"{number}.png", (8, 8), seed=100 * label + number)
-    run_process("run", "tiny.py", "--preset", "quick", "--offline", folder=folder, data=folder / "data")
+    call_here("run", "tiny.py", "--preset", "quick", "--offline", folder=folder, data=folder / "data")
     shutil.copy(folder / "runs" / "report" / "verdicts.json", folder / "before.json")
-    out, _ = run_process(*ASKED, folder=folder, data=folder / "data")
+    out, _ = call_here(*ASKED, folder=folder, data=folder / "data")
     (folder / "out.txt").write_text(out)
     return folder
 
@@ -123,7 +122,7 @@ def test_it_has_an_experiment_of_its_own(folder: Path) -> None:
 @pytest.mark.parametrize("words", [ASKED, ("run", NAME, "--preset", "quick")])
 def test_the_same_command_and_the_command_of_its_page_go_on(folder: Path, words: tuple[str, ...]) -> None:
     before = verdicts_of(folder / "runs")
-    out, _ = run_process(*words, folder=folder, data=folder / "data")
+    out, _ = call_here(*words, folder=folder, data=folder / "data")
     assert "nothing was trained" in out
     assert studies_in(verdicts_of(folder / "runs"))[NAME] == studies_in(before)[NAME]
 

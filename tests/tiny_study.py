@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from bnbench.cli import app
 
 TINY = '''"""A tiny study."""
 
@@ -78,6 +85,25 @@ def call(*arguments: str | Path, folder: Path, data: Path, expect: int = 0) -> t
     out, err = process.communicate(timeout=240)
     assert process.returncode == expect, f"exit {process.returncode}, not {expect}\n{out}\n{err}"
     return out, err
+
+
+def call_here(*arguments: str | Path, folder: Path, data: Path, expect: int = 0) -> tuple[str, str]:
+    """As :func:`call`, in this process, which has long loaded what a new one would load for seconds."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        warnings.simplefilter("ignore")
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        patch.setenv("BNBENCH_DATA", str(data))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        code = app.call([str(word) for word in arguments])
+    said = out.getvalue(), err.getvalue()
+    assert code == expect, f"exit {code}, not {expect}\n{said[0]}\n{said[1]}"
+    return said
 
 
 def verdicts_of(runs: Path) -> bytes:

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnbench.data import Arrays, generator, seed_of, shape_of, step_indices
@@ -216,7 +216,15 @@ class FleetClassifier(L.LightningModule):
             return
         rows = [_tensors_of(member) for member in members]
         places = rows + rows[:1] * self._missing
-        self._stacked = {name: torch.stack([row[name] for row in places]) for name in rows[0]}
+        # A linear map's gradient comes out transposed under vmap. Where its weight lies in memory in the same
+        # way, nothing needs to be copied for the update.
+        turned = {f"{name}.weight" for name, m in members[0].model.named_modules() if type(m) is nn.Linear}
+        self._stacked = {
+            name: torch.stack([row[name].t() for row in places]).transpose(1, 2)
+            if name in turned
+            else torch.stack([row[name] for row in places])
+            for name in rows[0]
+        }
         for k, row in enumerate(rows):
             for name, tensor in row.items():
                 tensor.data = self._stacked[name][k]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from bnbench.engine.chunked import ChunkedClassifier
 from bnbench.norms import FollowsProgress
+from bnbench.norms.base import widen
 from bnbench.norms.reference import layers_with_reference, run_with_reference
 
 
@@ -30,6 +33,50 @@ class MaskedDropout(nn.Module):
         if self.like is None:
             self.like = torch.empty_like(x, device="meta")
         return x * self.mask
+
+
+class MultipliedReLU(nn.Module):
+    """ReLU as x · 1[x > 0], its derivative at 0 being 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x > 0).to(x.dtype)
+
+
+class UnfoldedBatchNorm(TorchFunctionMode):
+    """`F.batch_norm` in training as its formula: y = γ (x − mean) / √(var + eps) + β, var biased."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        if function is F.batch_norm:
+            return _batch_norm(*arguments, **(options or {}))
+        return function(*arguments, **(options or {}))
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    shape = (1, -1, *(1,) * (x.ndim - 2))
+    if training:
+        wide = widen(x)
+        var, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
+        with torch.no_grad():
+            count = x.numel() // x.shape[1]
+            running_mean.mul_(1 - momentum).add_(mean.detach(), alpha=momentum)
+            running_var.mul_(1 - momentum).add_(var.detach(), alpha=momentum * count / (count - 1))
+    else:
+        wide, mean, var = widen(x), running_mean, running_var
+    y = (wide - mean.view(shape)) * (var + eps).rsqrt().view(shape)
+    if weight is not None:
+        y = y * weight.view(shape)
+    return (y if bias is None else y + bias.view(shape)).to(x.dtype)
 
 
 class StackedLoss:
@@ -57,8 +104,16 @@ class StackedLoss:
         self._logits({}, x, reference)
 
     def compile(self) -> None:
-        """Compile the forward and the backward pass; the first call then takes seconds."""
-        self.run = torch.compile(self._run_stacked, dynamic=False)
+        """Compile the forward and the backward pass; the first call then takes seconds.
+
+        With the same numbers, two things are written otherwise, which inductor makes slow code of on
+        processors (torch 2.13): the mask of ReLU's backward pass, and the axis of batch norm into which
+        vmap folds replicas and channels.
+        """
+        for name, module in list(self.template.named_modules()):
+            if isinstance(module, nn.ReLU):
+                self.template.set_submodule(name, MultipliedReLU())
+        self.run = torch.compile(self._run_unfolded, dynamic=False)
 
     def tell_progress(self, fraction: float) -> None:
         """Tell the norms that follow the training how far it is."""
@@ -85,3 +140,9 @@ class StackedLoss:
         dims = (0, None if reference is None else 0, 0, 0)
         losses: Tensor = torch.vmap(self._loss, in_dims=dims)(tensors, reference, x, y)
         return losses
+
+    def _run_unfolded(
+        self, tensors: Mapping[str, Tensor], reference: Tensor | None, x: Tensor, y: Tensor
+    ) -> Tensor:
+        with UnfoldedBatchNorm():
+            return self._run_stacked(tensors, reference, x, y)
