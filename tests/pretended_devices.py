@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bnbench.data import Arrays
-from bnbench.engine.chunked import ChunkedClassifier
+from bnbench.engine.chunked import ChunkedClassifier, FusedSGD
+from bnbench.engine.fleet import FleetClassifier
 
 COPIES = ("aten::_to_copy", "aten::copy_")
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index")
@@ -136,20 +137,39 @@ def gradients_without_values(loss, inputs, **options):
     return tuple(torch.empty_like(value) for value in inputs)
 
 
-def take_steps(device: Pretended, **changes: object) -> ChunkedClassifier:
-    """Do two training steps of a small network under a watch; `changes` are the module's arguments."""
+def small_classifier(device: Pretended, **changes: object) -> ChunkedClassifier:
+    """A small network to train; `changes` are the module's arguments. Its data are not on the device yet."""
     arguments = {"model": "cnn", "model_options": {"channels": 8}, "norm": "batch"} | changes
-    data = Arrays(torch.zeros(8, 3, 8, 8), torch.zeros(8, dtype=torch.int64))
     module = ChunkedClassifier(
         **arguments,
-        train=data,
+        train=Arrays(torch.zeros(8, 3, 8, 8), torch.zeros(8, dtype=torch.int64)),
         batch_size=4,
         training_seed=(0,),
         in_shape=(3, 8, 8),
         num_classes=4,
         steps=4,
     )
-    module = device.module(module).train()
+    return device.module(module).train()
+
+
+def take_fleet_steps(device: Pretended, **changes: object) -> list[torch.Tensor]:
+    """Do two steps of a fleet of three under a watch; returns the losses of each step."""
+    members = [small_classifier(device, **changes) for _ in range(3)]
+    for member in members:
+        member.train_arrays = Arrays(*map(device.tensor, (member.train_arrays.x, member.train_arrays.y)))
+        if member.reference is not None:
+            member.reference = device.tensor(member.reference)
+        member.optimizer_state = FusedSGD(member.decay_groups(), momentum=0.9)
+    index = device.tensor(torch.arange(12).view(3, 4) % 8)
+    with device.watched():
+        fleet = FleetClassifier(members)
+        return [fleet._step(step, index) for step in range(2)]
+
+
+def take_steps(device: Pretended, **changes: object) -> ChunkedClassifier:
+    """Do two training steps of a small network under a watch; `changes` are the module's arguments."""
+    module = small_classifier(device, **changes)
+    data = module.train_arrays
     x, y, index = (device.tensor(values) for values in (data.x, data.y, torch.arange(4)))
     grad = torch.autograd.grad if device.fake is None else gradients_without_values
     with mock.patch.object(torch.autograd, "grad", grad), device.watched() as watch:

@@ -15,7 +15,13 @@ from bnbench.models import MODELS, ORDERS, Slot, build_model
 from bnbench.norms import NORMS, REPARAMS, KeepsMoments, recalibrate
 from bnbench.testing import norm_cases
 from bnbench.testing.norm_checks import check_norm_without_host
-from tests.pretended_devices import DeviceFault, Pretended, guard_for_cuda, take_steps
+from tests.pretended_devices import (
+    DeviceFault,
+    Pretended,
+    guard_for_cuda,
+    take_fleet_steps,
+    take_steps,
+)
 
 on_each_kind = pytest.mark.parametrize("kind", ["meta", "cuda"])
 IMAGES = torch.zeros(8, 3, 8, 8)
@@ -146,6 +152,16 @@ def test_a_training_step_waits_for_nothing(name, kind, monkeypatch):
     module = take_steps(Pretended(kind), **STEPS.get(name, {"weight_decay": 0.01}))
     state = module.optimizer_state
     assert {value.device.type for value in itertools.chain(*state.buffers, state.parameters)} == {kind}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"norm": "virtual_batch"}, {"dropout": 0.5}, {"augment": "crop-flip"}, {"clip_norm": 1.0}],
+    ids=str,
+)
+def test_a_step_of_a_fleet_waits_for_nothing(changes):
+    losses = take_fleet_steps(Pretended("meta"), **changes)
+    assert [(loss.device.type, loss.shape) for loss in losses] == [("meta", (3,))] * 2
 
 
 @on_each_kind
