@@ -64,6 +64,8 @@ class Watch(TorchDispatchMode):
 
     def _check_copy(self, name, args, kwargs) -> None:
         target, source = args[:2] if name == "aten::copy_" else (kwargs.get("device"), args[0])
+        if not isinstance(source, torch.Tensor):
+            return  # a number from the host goes with the kernel's arguments
         place = target.device if isinstance(target, torch.Tensor) else torch.device(target or source.device)
         if source.device.type == place.type:
             return
