@@ -156,7 +156,13 @@ def test_a_training_step_waits_for_nothing(name, kind, monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"norm": "virtual_batch"}, {"dropout": 0.5}, {"augment": "crop-flip"}, {"clip_norm": 1.0}],
+    [
+        {},
+        {"norm": "ghost_batch", "norm_options": {"ghost_size": 2}},
+        {"dropout": 0.5},
+        {"augment": "crop-flip"},
+        {"clip_norm": 1.0},
+    ],
     ids=str,
 )
 def test_a_step_of_a_fleet_waits_for_nothing(changes):
