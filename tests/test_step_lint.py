@@ -18,6 +18,8 @@ STEP_CODE = [
     "bnbench/data/randomness.py",
     "bnbench/engine/chunked.py",
     "bnbench/engine/distributed.py",
+    "bnbench/engine/fleet.py",
+    "bnbench/engine/stacked.py",
     "bnbench/lit.py",
 ]
 # What is found and may stay: file, function, the words of the code that say what it is, and why.
@@ -26,7 +28,13 @@ ALLOWED = [
     ("norms/recalibrate.py", "recalibrate", ".to(device)", "batches of a loader, after the training"),
     ("models/base.py", "build_model", ".to(device)", "moves a model that was just built"),
     ("engine/chunked.py", "training_step", ".tolist()", "the losses of a block, fetched at its end"),
-    ("engine/chunked.py", "training_step", ".to(x_all.device)", "the indices of a block, at its start"),
+    ("engine/chunked.py", "do_steps", ".to(x_all.device)", "the indices of a block, at its start"),
+    ("engine/fleet.py", "training_step", ".tolist()", "the losses of a block, fetched at its end"),
+    ("engine/fleet.py", "do_steps", ".to(self._x.device)", "the indices of a block, at its start"),
+    ("engine/fleet.py", "keep", "torch.empty(0)", "the data of a fleet that has ended"),
+    ("engine/fleet.py", "_equals_separate", "torch.rand", "made-up data for a dry run on the processor"),
+    ("engine/fleet.py", "members", "torch.rand", "the same"),
+    ("engine/fleet.py", "_largest", "float(", "what the dry run compares"),
     ("engine/distributed.py", "check_equal", "torch.equal", "before the training"),
     ("data/batches.py", "epoch_permutation", "torch.randperm", "the same draw for every device"),
     ("data/batches.py", "step_indices", "torch.empty", "indices, which the caller sends"),

@@ -21,15 +21,15 @@ def test_variables_of_the_environment_change_no_training(monkeypatch: pytest.Mon
     assert L.Trainer(logger=False, enable_checkpointing=False, barebones=False).max_steps == 3
 
 
-def test_lightning_is_quiet_and_speaks_again() -> None:
+def test_lightning_is_quiet_and_speaks_again(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("lightning.pytorch")
-    before = logger.level
+    caplog.set_level(logging.INFO, logger.name)
     with quiet_lightning():
         assert not logger.isEnabledFor(logging.WARNING)
         with quiet_lightning():
             assert not logger.isEnabledFor(logging.WARNING)
         assert not logger.isEnabledFor(logging.WARNING)
-    assert logger.level == before != logging.ERROR
+    assert logger.level == logging.INFO
 
 
 def test_metrics_are_made_for_a_trainer_that_evaluates() -> None:
