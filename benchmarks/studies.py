@@ -1,8 +1,9 @@
 """Whole studies, each in a fresh process with MLflow, Optuna's copy and the report, against the plain script.
 
 The study has one cell, the arms "none" and "batch", a grid of seven learning rates that three replicates
-choose from, and ten confirmed replicates, or twenty of an MLP, as the quick studies have. `plain_script.py` trains the same networks on the same data, as
-many times for as many steps. The data sets are there before anything is timed.
+choose from, and ten confirmed replicates, or twenty of an MLP, as the quick studies have. `plain_script.py`
+trains the same networks on the same data, as many times for as many steps. The data sets are there before
+anything is timed.
 
 All trainings of the script take many minutes. By default it does a quarter of them, and the time that these
 take, without what the script needs to start, is multiplied by four; with `--whole` it does them all.
