@@ -84,27 +84,37 @@ class FusedSGD:
             [torch.zeros_like(p) for p in parameters] if momentum else [] for parameters, _ in self.groups
         ]
         self.parameters = [p for parameters, _ in self.groups for p in parameters]
+        self.lay_out()
 
     @torch.no_grad()
     def lay_out(self) -> None:
-        """Give the buffers the memory layout of the parameters, after these have been moved."""
+        """Give the buffers the memory layout of the parameters; to be called after these have been moved."""
         for (parameters, _), buffers in zip(self.groups, self.buffers, strict=True):
             for parameter, buffer in zip(parameters, buffers, strict=False):
                 if buffer.stride() != parameter.stride():
                     buffer.data = torch.empty_like(parameter).copy_(buffer)
+        self._upright = [
+            ([_upright(p) for p in parameters], [_upright(b) for b in buffers], decay)
+            for (parameters, decay), buffers in zip(self.groups, self.buffers, strict=True)
+        ]
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], lr: float) -> None:
         """Update all parameters; the gradients come in the order of `parameters`."""
         # The kernel reads memory in order, and misreads a gradient that lies otherwise than its parameter.
         laid_out = [
-            g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+            _upright(g if g.stride() == p.stride() else torch.empty_like(p).copy_(g))
             for g, p in zip(gradients, self.parameters, strict=True)
         ]
         at = 0
-        for (parameters, decay), buffers in zip(self.groups, self.buffers, strict=True):
+        for parameters, buffers, decay in self._upright:
             _update(parameters, laid_out[at : at + len(parameters)], buffers, decay, self.momentum, lr)
             at += len(parameters)
+
+
+def _upright(tensor: Tensor) -> Tensor:
+    """A matrix as it lies in memory: the kernel would copy one that is transposed."""
+    return tensor.t() if tensor.ndim == 2 and not tensor.is_contiguous() else tensor
 
 
 def _update(
