@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from bnbench.data import Arrays, default_folder, load_split
 from bnbench.engine import fleet as fleets
 from bnbench.engine.chunked import ChunkedClassifier
+from bnbench.engine.conduct import train_rows
 from bnbench.engine.fleet import FLEET_SIZE, FleetClassifier, can_fleet, fleet_shape
 from bnbench.engine.rows import module_arguments
 from bnbench.engine.train import Place, train, train_fleet
@@ -287,7 +289,11 @@ def test_the_shape_of_a_row_says_what_may_not_differ():
 
 
 @pytest.mark.slow
-def test_a_compiled_fleet_has_the_numbers_of_separate_trainings(place: Place, monkeypatch, tmp_path: Path):
+def test_a_compiled_fleet_has_the_numbers_of_separate_trainings(place: Place):
+    """In a process of its own, as in a worker: the compiler starts CUDA where there is any."""
     rows = [row.replace(backend="compiled") for row in rows_of(ROW)]
-    for row, result in zip(rows, train_fleet(rows, place), strict=True):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        values = [row.as_dict() for row in rows]
+        results = pool.submit(train_rows, values, str(place.data), str(place.runs)).result(300)
+    for row, result in zip(rows, results, strict=True):
         assert_same(train(row.replace(backend="single"), place), result, 1e-8)
