@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from bnbench.data import Arrays, generator, seed_of, shape_of, step_indices
 from bnbench.engine.checkpoint import changing_tensors
-from bnbench.engine.chunked import ChunkedClassifier, count_steps, seed_device
-from bnbench.engine.rows import module_arguments
+from bnbench.engine.chunked import ChunkedClassifier, FusedSGD, count_steps, seed_device
+from bnbench.engine.rows import classifier_of
 from bnbench.engine.stacked import StackedLoss
 from bnbench.study.smoke import smallest
 from bnbench.study.trial import Trial
@@ -88,14 +88,7 @@ def _equals_separate(text: str) -> bool:
             count = max(row.batch_size, row.norm_options.get("reference_size") or 0)
             x = torch.randn(count, *shape, generator=draw, dtype=torch.float64)
             y = torch.randint(classes, (count,), generator=draw)
-            member = ChunkedClassifier(
-                train=Arrays(x, y),
-                batch_size=row.batch_size,
-                training_seed=row.training_seed,
-                augment=row.augment,
-                clip_norm=row.clip_norm,
-                **module_arguments(row),
-            ).double()
+            member = classifier_of(row, Arrays(x, y)).double()
             member.prepare()
             made.append(member)
         return made
@@ -228,6 +221,8 @@ class FleetClassifier(L.LightningModule):
         for k, row in enumerate(rows):
             for name, tensor in row.items():
                 tensor.data = self._stacked[name][k]
+        for member in members:
+            cast(FusedSGD, member.optimizer_state).lay_out()
         trained = {name for name, p in members[0].model.named_parameters() if p.requires_grad}
         self._trained = [self._stacked[name].requires_grad_() for name in rows[0] if name in trained]
         position = {name: i for i, name in enumerate(name for name in rows[0] if name in trained)}
@@ -305,7 +300,7 @@ class FleetClassifier(L.LightningModule):
 
 
 def _tensors_of(member: ChunkedClassifier) -> dict[str, Tensor]:
-    """The parameters and buffers of a member's network, and its optimizer's momentum laid out like them."""
+    """The parameters and buffers of a member's network."""
     return {**dict(member.model.named_parameters()), **dict(member.model.named_buffers())}
 
 
@@ -313,6 +308,5 @@ def _order_of(member: ChunkedClassifier, position: Mapping[str, int]) -> list[in
     """Where the gradients stand that a member's optimizer wants, in its order."""
     optimizer = member.optimizer_state
     assert optimizer is not None
-    optimizer.lay_out()
     names = {id(parameter): name for name, parameter in member.model.named_parameters()}
     return [position[names[id(parameter)]] for parameter in optimizer.parameters]

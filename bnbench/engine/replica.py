@@ -18,7 +18,7 @@ from torch import Tensor
 from bnbench.data import Arrays, Split, load_split, load_test
 from bnbench.data.batches import eval_batches
 from bnbench.engine.checkpoint import EVERY, LEAST, Checkpoint, Progress, changing_tensors
-from bnbench.engine.chunked import Blocks, ChunkedClassifier
+from bnbench.engine.chunked import Blocks
 from bnbench.engine.distributed import Group
 from bnbench.engine.evaluate import (
     calibrated_losses,
@@ -29,7 +29,7 @@ from bnbench.engine.evaluate import (
     scores,
     worst_scores,
 )
-from bnbench.engine.rows import check_trial, curve_steps, look_steps, module_arguments
+from bnbench.engine.rows import check_trial, classifier_of, curve_steps, look_steps
 from bnbench.norms.recalibrate import buffers_restored, has_moments, recalibrate
 from bnbench.probes.base import Probe
 from bnbench.study.table import Result
@@ -114,15 +114,7 @@ class Replica:
             trial.data, trial.data_seed, trial.n_train, trial.label_noise, options, place.data, place.device
         )
         self.split = dataclasses.replace(split, val=_first(split.val, trial.n_eval))
-        self.module = ChunkedClassifier(
-            train=self.arrays(self.split.train),
-            batch_size=trial.batch_size,
-            training_seed=trial.training_seed,
-            augment=trial.augment,
-            clip_norm=trial.clip_norm,
-            group=group,
-            **module_arguments(trial),
-        )
+        self.module = classifier_of(trial, self.arrays(self.split.train), group)
         if trial.precision == "64-true":
             self.module.double()
         if len(self.split.in_shape) == 3:

@@ -8,8 +8,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from bnbench.data import augmentation, seed_of, shape_of
-from bnbench.engine.distributed import launcher
+from bnbench.data import Arrays, augmentation, seed_of, shape_of
+from bnbench.engine.chunked import ChunkedClassifier
+from bnbench.engine.distributed import Group, launcher
 from bnbench.lit import check_model
 from bnbench.norms import normalization_batch_size
 from bnbench.probes.base import Probe, build_probe
@@ -37,6 +38,19 @@ def module_arguments(trial: Trial) -> dict[str, Any]:
         "num_classes": num_classes,
         "seed": seed_of(*trial.training_seed),
     }
+
+
+def classifier_of(trial: Trial, train: Arrays, group: Group = Group()) -> ChunkedClassifier:  # noqa: B008
+    """The module that trains a row, on these data."""
+    return ChunkedClassifier(
+        train=train,
+        batch_size=trial.batch_size,
+        training_seed=trial.training_seed,
+        augment=trial.augment,
+        clip_norm=trial.clip_norm,
+        group=group,
+        **module_arguments(trial),
+    )
 
 
 @functools.lru_cache(maxsize=4096)
