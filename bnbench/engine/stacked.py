@@ -49,7 +49,9 @@ class UnfoldedBatchNorm(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
     ) -> Any:
-        if function is F.batch_norm:
+        # A network of one's own may keep no running statistics.
+        averages = arguments[1:3]
+        if function is F.batch_norm and len(averages) == 2 and all(isinstance(a, Tensor) for a in averages):
             return _batch_norm(*arguments, **(options or {}))
         return function(*arguments, **(options or {}))
 
