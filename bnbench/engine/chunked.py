@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbench.data import Arrays, augmentation, generator, seed_of, step_indices
+from bnbench.engine.captured import Differentiate, RecordedStep, chosen, recorder_for
 from bnbench.engine.distributed import Group
 from bnbench.lit import NormClassifier, learning_rate_factor
 from bnbench.norms.reference import layers_with_reference, reference_size
@@ -212,6 +213,7 @@ class ChunkedClassifier(NormClassifier):
         #: Samples (x, y) that are not trained on, for probes that compare.
         self.held_out: Arrays | None = None
         self.optimizer_state: FusedSGD | None = None
+        self._recorded: RecordedStep | None = None
         if referring := layers_with_reference(self.model):
             size = reference_size(referring, self.global_batch)
             if size > len(train):
@@ -234,6 +236,8 @@ class ChunkedClassifier(NormClassifier):
         self.find_followers()
         self.bring_up_to_date(0)
         self._averages = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        recorder = recorder_for(self.device) if self.group.size == 1 else None
+        self._recorded = None if recorder is None else RecordedStep(self._differentiate, recorder)
         return self.optimizer_state
 
     def on_fit_start(self) -> None:
@@ -258,9 +262,10 @@ class ChunkedClassifier(NormClassifier):
     def do_steps(self, start: int, stop: int) -> list[Tensor]:
         """Do the steps [start, stop) and return their losses."""
         x_all, y_all = self.train_arrays.x, self.train_arrays.y
+        differentiate = chosen(self._recorded, self._differentiate, self.model)
         indices = step_indices(len(y_all), self.global_batch, start, stop, *self.training_seed)
         return [
-            self._step(step, x_all.index_select(0, index), y_all.index_select(0, index))
+            self._step(step, x_all.index_select(0, index), y_all.index_select(0, index), differentiate)
             for step, index in enumerate(self.group.share_of(indices, dim=1).to(x_all.device), start)
         ]
 
@@ -285,19 +290,21 @@ class ChunkedClassifier(NormClassifier):
         """The first samples that are not trained on, where there are any."""
         return None if self.held_out is None else (self.held_out.x[:samples], self.held_out.y[:samples])
 
-    def _step(self, step: int, x: Tensor, y: Tensor) -> Tensor:
-        assert self.optimizer_state is not None
+    def _step(self, step: int, x: Tensor, y: Tensor, differentiate: Differentiate | None = None) -> Tensor:
         x = self.augmented(step, x)
         seed_device(x.device, seed_of(*self.own_seed, "dropout", step))
         self.tell_progress(step)
         # An autocast that spans a block may keep its copies of the weights, which a step makes out of date.
         torch.clear_autocast_cache()
-        loss = self.loss(self.run_training_batch(x), y)
-        gradients: Sequence[Tensor]
-        gradients = torch.autograd.grad(loss, self.optimizer_state.parameters, materialize_grads=True)
-        loss, gradients = self.group.average(loss.detach(), gradients, self._averages)
+        loss, gradients = self.group.average(*(differentiate or self._differentiate)(x, y), self._averages)
         self.update(step, gradients)
         return loss
+
+    def _differentiate(self, x: Tensor, y: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        assert self.optimizer_state is not None
+        loss = self.loss(self.run_training_batch(x), y)
+        gradients = torch.autograd.grad(loss, self.optimizer_state.parameters, materialize_grads=True)
+        return loss.detach(), gradients
 
     def augmented(self, step: int, x: Tensor) -> Tensor:
         """A batch as this training sees it at a step."""

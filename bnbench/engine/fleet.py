@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnbench.data import Arrays, generator, seed_of, shape_of, step_indices
+from bnbench.engine.captured import Differentiate, RecordedStep, chosen, recorder_for
 from bnbench.engine.checkpoint import changing_tensors
 from bnbench.engine.chunked import ChunkedClassifier, FusedSGD, count_steps, seed_device
 from bnbench.engine.rows import classifier_of
@@ -190,6 +191,7 @@ class FleetClassifier(L.LightningModule):
     _stacked: dict[str, Tensor]
     _trained: list[Tensor]
     _reference: Tensor | None
+    _recorded: RecordedStep | None
 
     @torch.no_grad()
     def keep(self, members: Sequence[ChunkedClassifier]) -> None:
@@ -230,6 +232,8 @@ class FleetClassifier(L.LightningModule):
         if self.stacked_loss.referring:
             own = [cast(Tensor, member.reference) for member in members]
             self._reference = torch.stack(own + own[:1] * self._missing)
+        recorder = recorder_for(self._x.device)
+        self._recorded = None if recorder is None else RecordedStep(self._differentiate, recorder)
 
     def training_step(self, batch: tuple[int, int], batch_idx: int) -> None:
         """Do the steps [start, stop) of a block."""
@@ -244,6 +248,7 @@ class FleetClassifier(L.LightningModule):
 
     def do_steps(self, start: int, stop: int) -> list[Tensor]:
         """Do the steps [start, stop) and return the members' losses (K,) of each."""
+        differentiate = chosen(self._recorded, self._differentiate, self.stacked_loss.template)
         indices = torch.stack(
             [
                 step_indices(len(m.train_arrays), m.global_batch, start, stop, *m.training_seed)
@@ -252,7 +257,7 @@ class FleetClassifier(L.LightningModule):
             ],
             dim=1,
         ).to(self._x.device)
-        return [self._step(step, index) for step, index in enumerate(indices, start)]
+        return [self._step(step, index, differentiate) for step, index in enumerate(indices, start)]
 
     def on_train_batch_end(self, outputs: Any, batch: tuple[int, int], batch_idx: int) -> None:
         """Report the block, here where Lightning's autocast no longer reigns."""
@@ -261,28 +266,33 @@ class FleetClassifier(L.LightningModule):
         self.after_block(int(batch[1]), self._ended - max(self._began, self._clock))
         self._clock = time.perf_counter()
 
-    def _step(self, step: int, index: Tensor) -> Tensor:
+    def _step(self, step: int, index: Tensor, differentiate: Differentiate | None = None) -> Tensor:
         x, y = (
             t.index_select(0, index.flatten()).view(*index.shape, *t.shape[1:]) for t in (self._x, self._y)
         )
         if self.members[0].augment is not None:
             x = torch.stack([m.augmented(step, own) for m, own in zip(self.members, x, strict=True)])
-        tensors = dict(self._stacked)
+        masks: dict[str, Tensor] = {}
         if layers := self.stacked_loss.masks:
             if next(iter(layers.values())).like is None:
                 self.stacked_loss.find_masks(x[0], self.members[0].reference)
-            tensors |= self._masks(step, x.device)
+            masks = self._masks(step, x.device)
         if missing := self._missing:
             x, y = (torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for t in (x, y))
         self.stacked_loss.tell_progress(min(1.0, step / self.members[0].hparams["steps"]))
         # An autocast that spans a block may keep its copies of the weights, which a step makes out of date.
         torch.clear_autocast_cache()
-        losses = self.stacked_loss.run(tensors, self._reference, x, y)
-        gradients = torch.autograd.grad(losses.sum(), self._trained, materialize_grads=True)
+        losses, gradients = (differentiate or self._differentiate)(x, y, *masks.values())
         rows = zip(*(gradient.unbind() for gradient in gradients), strict=True)
         for member, order, row in zip(self.members, self._orders, rows, strict=False):
             member.update(step, [row[i] for i in order])
-        return losses.detach()[: len(self.members)]
+        return losses[: len(self.members)]
+
+    def _differentiate(self, x: Tensor, y: Tensor, *masks: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        tensors = self._stacked | dict(zip(self.stacked_loss.masks, masks, strict=True))
+        losses = self.stacked_loss.run(tensors, self._reference, x, y)
+        gradients = torch.autograd.grad(losses.sum(), self._trained, materialize_grads=True)
+        return losses.detach(), gradients
 
     def _masks(self, step: int, device: torch.device) -> dict[str, Tensor]:
         """Every member's dropout masks of a step, drawn as `nn.Dropout` would have drawn them."""
