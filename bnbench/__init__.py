@@ -7,10 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnbench.lit import NormClassifier, load
-    from bnbench.norms import build_norm, norm_names
+    from bnbench.norms import build_norm, convert_norm, fold_norm, freeze_norm, norm_names, recalibrate
 
 __version__ = "0.1.0"
-__all__ = ["NormClassifier", "build_norm", "load", "norm_names"]
+__all__ = [
+    "NormClassifier",
+    "build_norm",
+    "convert_norm",
+    "fold_norm",
+    "freeze_norm",
+    "load",
+    "norm_names",
+    "recalibrate",
+]
 
 # Loaded at first use: `bnbench --help` and shell completion must not wait for torch.
 _HOMES = {
@@ -18,6 +27,10 @@ _HOMES = {
     "load": "bnbench.lit",
     "build_norm": "bnbench.norms",
     "norm_names": "bnbench.norms",
+    "convert_norm": "bnbench.norms",
+    "fold_norm": "bnbench.norms",
+    "freeze_norm": "bnbench.norms",
+    "recalibrate": "bnbench.norms",
 }
 
 

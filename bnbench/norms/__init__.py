@@ -1,4 +1,4 @@
-"""Normalization layers by name, weight reparametrizations by name, and precise statistics."""
+"""Normalization layers and reparametrizations by name, precise statistics, and norms of existing models."""
 
 from bnbench.norms.base import (
     NORMS,
@@ -12,11 +12,22 @@ from bnbench.norms.base import (
     normalization_batch_size,
 )
 from bnbench.norms.recalibrate import precise_statistics, recalibrate
-from bnbench.norms.reparam import REPARAMS, ReparamEntry, apply_reparam, reparam
+from bnbench.norms.reparam import REPARAMS, ReparamEntry, apply_reparam, data_dependent_init, reparam
+from bnbench.norms.surgery import (
+    Conversion,
+    Folding,
+    convert_norm,
+    fold_norm,
+    freeze_norm,
+    revert,
+    unfreeze_norm,
+)
 
 __all__ = [
     "NORMS",
     "REPARAMS",
+    "Conversion",
+    "Folding",
     "FollowsProgress",
     "KeepsMoments",
     "NormEntry",
@@ -24,10 +35,16 @@ __all__ = [
     "TakesReference",
     "apply_reparam",
     "build_norm",
+    "data_dependent_init",
+    "convert_norm",
+    "fold_norm",
+    "freeze_norm",
     "norm",
     "norm_names",
     "normalization_batch_size",
     "precise_statistics",
     "recalibrate",
     "reparam",
+    "revert",
+    "unfreeze_norm",
 ]

@@ -25,8 +25,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     variance; biased, so without Bessel's correction), summed in float64 and over all processes of
     torch.distributed; each of these needs the same model and at least one batch, and as many as the others
     where layers or wrappers communicate in forward(). A batch is a tensor, or a tuple or list that begins
-    with it. Takes the norms of this package that keep moments and are not frozen, and torch's BatchNorm;
-    without any, nothing runs.
+    with it. Takes the norms of this package that keep moments, and torch's BatchNorm, where they are not
+    frozen; without any, nothing runs.
 
     Nothing else changes: weights, gradients, other buffers, num_batches_tracked, train and eval flags and
     torch's random state stay, also where a batch raises.
@@ -77,8 +77,11 @@ def _layers_with_moments(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if (isinstance(module, KeepsMoments) and not getattr(module, "frozen", False))
-        or (isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor))
+        if not getattr(module, "frozen", False)
+        and (
+            isinstance(module, KeepsMoments)
+            or (isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor))
+        )
     ]
 
 
