@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from bnbench.data.randomness import generator, seed_of
-from bnbench.models import Slot, build_model, check_last_norm, initialize, norm_scales
+from bnbench.models import Slot, build_model, check_last_norm, initialize, norm_scales, output_layer
 from bnbench.norms import FollowsProgress, TakesReference, build_norm
 from bnbench.norms.reference import (
     layers_with_reference,
@@ -32,6 +32,7 @@ from bnbench.registry import BadInput, nearest
 
 SCHEDULES = ("constant", "cosine", "trapezoid")
 COOLDOWN = 0.2  # share of the steps over which a trapezoid falls
+SMALLEST_UNIT = 1e-3  # norm of the weights of a unit that adaptive clipping takes smaller ones for
 
 
 def learning_rate_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
@@ -63,6 +64,37 @@ def split_parameters(model: nn.Module, decay_norm: bool) -> tuple[list[nn.Parame
         is_weight = parameter.ndim > 1 and parameter.numel() > parameter.shape[0]
         (decayed if is_weight or decay_norm else free).append(parameter)
     return decayed, free
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that an optimizer treats alike: their L2 decay, and their share of the learning rate."""
+
+    parameters: Sequence[nn.Parameter]
+    decay: float
+    lr_scale: float = 1.0
+
+
+def clip_by_unit(parameters: Sequence[Tensor], gradients: Sequence[Tensor], limit: float) -> list[Tensor]:
+    """Gradients g of weights w, clipped for each unit by itself: g · min(1, limit · max(‖w‖, 1e-3) / ‖g‖).
+
+    A unit is what makes one output: a row of a matrix, a kernel of a convolution with all its inputs. A
+    tensor that has one number an output, such as a bias or the scale of a norm, is one unit as a whole.
+    Source: Brock et al., 2021b (arXiv:2102.06171), equation 3; units of vectors as in the authors' code.
+    """
+    clipped = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        most = limit * _unit_norms(parameter.detach()).clamp_min(SMALLEST_UNIT)
+        # A gradient of zero gives 1.
+        clipped.append(gradient * (most / _unit_norms(gradient)).clamp_max(1.0))
+    return clipped
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    """The L2 norms of the units of a parameter or of its gradient, of a shape that multiplies it."""
+    has_rows = tensor.ndim > 1 and tensor.numel() > tensor.shape[0]
+    dims = tuple(range(1, tensor.ndim)) if has_rows else None
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
+    return norms
 
 
 def own_model_class(path: str) -> tuple[Callable[..., Any], Mapping[str, inspect.Parameter]]:
@@ -122,12 +154,15 @@ class NormClassifier(L.LightningModule):
     weight decay acts on weights, and on norm parameters and biases only with `decay_norm`; `gamma_decay` acts
     on the scales γ of the registered norms, beside that. The model's output times `logit_scale` are the
     logits. `last_norm_options` are changes to `norm_options` for the norm of the last hidden layer
-    (:class:`bnbench.models.Slot`). `steps` is the length of the schedule; by default it is taken from the
-    Trainer. Logs `train/loss`, and for validation and test `loss`, `acc` and `ece` (expected calibration
-    error over 15 bins; Guo et al., 2017, eq. 3).
+    (:class:`bnbench.models.Slot`). `adaptive_clip` clips the gradients of all but the classifier by
+    :func:`clip_by_unit`, before the Trainer's own clipping. What a module of the model learns, it learns at
+    the share `lr_scale` of the learning rate, where it has such an attribute. `steps` is the length of the
+    schedule; by default it is taken from the Trainer. Logs `train/loss`, and for validation and test `loss`,
+    `acc` and `ece` (expected calibration error over 15 bins; Guo et al., 2017, eq. 3).
 
     Raises BadInput for names, options and sizes that cannot be, for `last_norm_options` where the model has
-    no norm that it calls the last, and for `gamma_decay` where no γ is learned.
+    no norm that it calls the last, for `gamma_decay` where no γ is learned, and for `adaptive_clip` where the
+    model has no classifier `head` to leave out.
     """
 
     #: The reference batch (R, *in_shape) of norms that take one; where it is not set before `fit`, the first
@@ -163,6 +198,7 @@ class NormClassifier(L.LightningModule):
         gamma_decay: float = 0.0,
         schedule: str = "cosine",
         warmup: float = 0.0,
+        adaptive_clip: float | None = None,
         label_smoothing: float = 0.0,
         steps: int | None = None,
         seed: int = 0,
@@ -180,6 +216,7 @@ class NormClassifier(L.LightningModule):
             ("gamma_decay", gamma_decay, gamma_decay >= 0, "0 or more"),
             ("logit_scale", logit_scale, logit_scale > 0, "above 0"),
             ("warmup", warmup, 0 <= warmup <= 1, "a share of the steps, 0 to 1"),
+            ("adaptive_clip", adaptive_clip, adaptive_clip is None or adaptive_clip > 0, "above 0, or None"),
             ("label_smoothing", label_smoothing, 0 <= label_smoothing < 1, "at least 0 and below 1"),
             ("steps", steps, steps is None or steps >= 1, "1 or more, or None"),
         ):
@@ -213,6 +250,9 @@ class NormClassifier(L.LightningModule):
             check_last_norm(name, self.model, slot.last_norm_options)
         if gamma_decay and not any(scale.requires_grad for scale in norm_scales(self.model)):
             raise BadInput(f"gamma_decay is {gamma_decay}, but norm {norm!r} learns no scale here; use 0")
+        self.adaptive_clip = adaptive_clip
+        if adaptive_clip is not None:
+            output_layer(self.model)
         self._ramped: list[FollowsProgress] = []
         self._referring: list[TakesReference] = []
 
@@ -337,10 +377,49 @@ class NormClassifier(L.LightningModule):
             groups.append(([p for p in parameters if id(p) in scales], decay + h["gamma_decay"]))
         return [group for group in groups if group[0]]
 
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The groups of `decay_groups`, divided further by the share of the learning rate; none is empty.
+
+        A module's attribute `lr_scale` is the share of its parameters and of those below it, where these have
+        none of their own; it is 1 without one.
+        """
+        scales: dict[int, float] = {}
+        for module in self.model.modules():
+            if (scale := getattr(module, "lr_scale", None)) is not None:
+                scales |= dict.fromkeys(map(id, module.parameters()), float(scale))
+        groups = []
+        for parameters, decay in self.decay_groups():
+            shares = [scales.get(id(p), 1.0) for p in parameters]
+            for share in dict.fromkeys(shares):
+                own = [p for p, its in zip(parameters, shares, strict=True) if its == share]
+                groups.append(ParameterGroup(own, decay, share))
+        return groups
+
+    def clip_adaptively(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Clip the gradients of these parameters by `adaptive_clip`; those of the classifier stay."""
+        assert self.adaptive_clip is not None
+        head = {id(parameter) for parameter in output_layer(self.model).parameters()}
+        clipped = clip_by_unit(parameters, gradients, self.adaptive_clip)
+        return [
+            gradient if id(parameter) in head else own
+            for parameter, gradient, own in zip(parameters, gradients, clipped, strict=True)
+        ]
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clip the gradients of automatic optimization adaptively, where that is asked for."""
+        if self.adaptive_clip is not None:
+            trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            clipped = self.clip_adaptively(trained, [p.grad for p in trained])
+            for parameter, gradient in zip(trained, clipped, strict=True):
+                parameter.grad = gradient
+
     def configure_optimizers(self) -> Any:
         """SGD over weights and, apart, norm parameters and biases, with the schedule stepped every step."""
         h = self.hparams
-        groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in self.decay_groups()]
+        groups = [
+            {"params": group.parameters, "weight_decay": group.decay, "lr": h["lr"] * group.lr_scale}
+            for group in self.parameter_groups()
+        ]
         optimizer = torch.optim.SGD(groups, lr=h["lr"], momentum=h["momentum"])
         steps = h["steps"] or int(self.trainer.estimated_stepping_batches)
         factor = partial(learning_rate_factor, steps=steps, schedule=h["schedule"], warmup=h["warmup"])

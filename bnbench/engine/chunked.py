@@ -15,12 +15,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnbench.data import Arrays, augmentation, generator, seed_of, step_indices
 from bnbench.engine.captured import Differentiate, RecordedStep, chosen, recorder_for
 from bnbench.engine.distributed import Group
-from bnbench.lit import NormClassifier, learning_rate_factor
+from bnbench.lit import NormClassifier, ParameterGroup, learning_rate_factor
 from bnbench.norms.reference import layers_with_reference, reference_size
 from bnbench.registry import BadInput
 
@@ -74,29 +74,30 @@ def count_steps(trainer: L.Trainer, steps: int) -> None:
 class FusedSGD:
     """SGD with momentum as one fused call a parameter group; buffers are plain tensors.
 
-    v ← μ·v + (g + λ·w), w ← w − η·v, the first v being the first gradient: torch.optim.SGD's rule.
+    v ← μ·v + (g + λ·w), w ← w − η·v, the first v being the first gradient: torch.optim.SGD's rule. A group
+    is (parameters, λ) or (parameters, λ, its share of the learning rate).
     """
 
-    def __init__(self, groups: Sequence[tuple[Sequence[nn.Parameter], float]], momentum: float) -> None:
-        self.groups: list[tuple[list[Tensor], float]] = [(list(p), decay) for p, decay in groups if p]
+    def __init__(self, groups: Sequence[tuple[Any, ...]], momentum: float) -> None:
+        self.groups = [ParameterGroup(*group) for group in groups if group[0]]
         self.momentum = momentum
         # The kernel takes no buffers where there is no momentum.
         self.buffers = [
-            [torch.zeros_like(p) for p in parameters] if momentum else [] for parameters, _ in self.groups
+            [torch.zeros_like(p) for p in group.parameters] if momentum else [] for group in self.groups
         ]
-        self.parameters = [p for parameters, _ in self.groups for p in parameters]
+        self.parameters: list[Tensor] = [p for group in self.groups for p in group.parameters]
         self.lay_out()
 
     @torch.no_grad()
     def lay_out(self) -> None:
         """Give the buffers the memory layout of the parameters; to be called after these have been moved."""
-        for (parameters, _), buffers in zip(self.groups, self.buffers, strict=True):
-            for parameter, buffer in zip(parameters, buffers, strict=False):
+        for group, buffers in zip(self.groups, self.buffers, strict=True):
+            for parameter, buffer in zip(group.parameters, buffers, strict=False):
                 if buffer.stride() != parameter.stride():
                     buffer.data = torch.empty_like(parameter).copy_(buffer)
         self._upright = [
-            ([_upright(p) for p in parameters], [_upright(b) for b in buffers], decay)
-            for (parameters, decay), buffers in zip(self.groups, self.buffers, strict=True)
+            ([_upright(p) for p in group.parameters], [_upright(b) for b in buffers], group)
+            for group, buffers in zip(self.groups, self.buffers, strict=True)
         ]
 
     @torch.no_grad()
@@ -108,8 +109,9 @@ class FusedSGD:
             for g, p in zip(gradients, self.parameters, strict=True)
         ]
         at = 0
-        for parameters, buffers, decay in self._upright:
-            _update(parameters, laid_out[at : at + len(parameters)], buffers, decay, self.momentum, lr)
+        for parameters, buffers, group in self._upright:
+            own, rate = laid_out[at : at + len(parameters)], lr * group.lr_scale
+            _update(parameters, own, buffers, group.decay, self.momentum, rate)
             at += len(parameters)
 
 
@@ -232,7 +234,7 @@ class ChunkedClassifier(NormClassifier):
 
     def prepare(self) -> FusedSGD:
         """Make the optimizer for the parameters where they are now, and ready the norms."""
-        self.optimizer_state = FusedSGD(self.decay_groups(), self.hparams["momentum"])
+        self.optimizer_state = FusedSGD(self.parameter_groups(), self.hparams["momentum"])
         self.find_followers()
         self.bring_up_to_date(0)
         self._averages = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
@@ -313,6 +315,8 @@ class ChunkedClassifier(NormClassifier):
     def update(self, step: int, gradients: Sequence[Tensor]) -> None:
         """Clip the gradients, which come in the order of the optimizer's parameters, and do a step."""
         assert self.optimizer_state is not None
+        if self.adaptive_clip is not None:
+            gradients = self.clip_adaptively(self.optimizer_state.parameters, gradients)
         if self.clip_norm is not None:
             norm = torch.nn.utils.get_total_norm(gradients)
             scale = torch.clamp(self.clip_norm / (norm + 1e-6), max=1.0)

@@ -37,7 +37,8 @@ FEWEST_PLACES = 2
 #: Fields in which the rows of a fleet may differ.
 _FREE = {
     *("seed", "data_seed", "repeat", "score_on", "label_noise", "n_train"),
-    *("lr", "momentum", "weight_decay", "decay_norm", "gamma_decay", "schedule", "warmup", "clip_norm"),
+    *("lr", "momentum", "weight_decay", "decay_norm", "gamma_decay", "schedule", "warmup"),
+    *("clip_norm", "adaptive_clip"),
     *("init", "init_scale", "bias_init"),
 }
 
@@ -61,7 +62,7 @@ def can_fleet(trial: Trial) -> bool:
     if trial.probes or trial.alone or trial.world_size > 1:
         return False
     row = smallest(trial).replace(
-        **{name: getattr(_NEUTRAL, name) for name in _FREE if name != "clip_norm"},
+        **{name: getattr(_NEUTRAL, name) for name in _FREE - {"clip_norm", "adaptive_clip"}},
         curve_points=0,
         until_train_nll=None,
         precision="64-true",

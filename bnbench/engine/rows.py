@@ -29,7 +29,7 @@ def module_arguments(trial: Trial) -> dict[str, Any]:
     same = (
         "model model_options norm norm_options last_norm_options reparam order activation dropout dropout_at"
         " init init_scale bias_init logit_scale lr momentum weight_decay decay_norm gamma_decay schedule"
-        " warmup label_smoothing steps"
+        " warmup adaptive_clip label_smoothing steps"
     )
     row = trial.as_dict()
     return {

@@ -165,8 +165,14 @@ class Slot:
             return getattr(self.build_norm(num_features, dim), "bias", None) is None
 
     def _reparametrize(self, linear: nn.Module) -> None:
-        if self.reparam is not None:
-            apply_reparam(linear, self.reparam, **self.reparam_options)
+        if self.reparam is None:
+            return
+        options = dict(self.reparam_options)
+        # A reparametrization may make up for what the activation behind it does to the variance.
+        if "activation" in inspect.signature(REPARAMS[self.reparam].apply).parameters:
+            replaced = NORMS[self.norm].replaces_activation
+            options.setdefault("activation", "identity" if replaced else self.activation)
+        apply_reparam(linear, self.reparam, **options)
 
 
 @dataclass(frozen=True)

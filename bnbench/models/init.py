@@ -40,7 +40,8 @@ def initialize(
     it is not scaled.
 
     A reparametrized weight gets the drawn value as its effective one where its reparametrization can
-    represent it. Draws are made in float32 on the generator's device, layer by layer, weight before
+    represent it. A model whose architecture starts otherwise has a method `adjust_initial_weights()`, which
+    is called at the end. Draws are made in float32 on the generator's device, layer by layer, weight before
     bias, so that the same generator gives the same network in every precision and on every device. Raises
     BadInput for an unknown `init` or `bias` and a `scale` that is not positive and finite.
     """
@@ -62,6 +63,9 @@ def initialize(
                 layer.weight.copy_(drawn)
             if layer.bias is not None:
                 layer.bias.copy_(_draw_bias(bias, layer.weight.shape, generator))
+    adjust = getattr(model, "adjust_initial_weights", None)
+    if adjust is not None:
+        adjust()
 
 
 def _draw(init: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bnbench.models.base import ORDERS, Slot, average_pool, model
+from bnbench.models.base import LINEAR_MAPS, ORDERS, Slot, average_pool, model
+from bnbench.models.residual import Multiplier, Residual, Shift, add_shifts, check_residual
+from bnbench.norms.reparam import scale_weight
 from bnbench.registry import BadInput
 
 Shortcut = Literal["A", "B"]
@@ -31,7 +33,8 @@ class SubsampleAndPad(nn.Module):
 class Block(nn.Module):
     """after(branch(r) + shortcut(s)) with r = before(x): two 3-wide convolutions beside a shortcut.
 
-    The slot's order decides what `before`, `branch` and `after` hold; see :class:`bnbench.models.Slot`.
+    The slot's order decides what `before`, `branch` and `after` hold; see :class:`bnbench.models.Slot`. What
+    `residual` adds to that is said in :class:`ResNet`.
     s is x, except for a projection in a pre-activation block: it reads r, as the authors' code does.
     `index` is the place of the first convolution among the `depth` hidden layers of the network.
     """
@@ -47,6 +50,7 @@ class Block(nn.Module):
         *,
         stride: int,
         shortcut: Shortcut,
+        residual: Residual,
     ) -> None:
         super().__init__()
         conv1 = slot.build_conv(num_inputs, num_features, dim, stride=stride)
@@ -77,6 +81,22 @@ class Block(nn.Module):
                     self.shortcut.add_module("norm", slot.build_norm(num_features, dim))
             else:
                 self.shortcut = SubsampleAndPad(num_features - num_inputs, stride)
+        if residual == "fixup":
+            self._add_fixup_scalars()
+        elif residual != "plain":
+            if residual == "rezero" and slot.order != "pre-act":
+                for name, part in [*self.after.named_children()] or [("activation", self.after)]:
+                    self.branch.add_module(f"last_{name}", part)
+                self.after = nn.Identity()
+            self.branch.add_module("multiplier", Multiplier(0.0))
+
+    def _add_fixup_scalars(self) -> None:
+        before = add_shifts(self.before).named_children()
+        self.before = nn.Sequential(OrderedDict([*before, ("shift", Shift())]))
+        self.branch = cast(nn.Sequential, add_shifts(self.branch))
+        self.branch.add_module("multiplier", Multiplier(1.0, lr_scale=Shift.lr_scale))
+        self.branch.add_module("shift", Shift())
+        self.after = add_shifts(self.after)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ready = self.before(x)
@@ -96,8 +116,29 @@ class ResNet(nn.Module):
 
     In the order pre-act the stem has no norm and no activation, and both stand before the pooling.
 
+    `residual` is how a branch f is joined to its shortcut s; each goes with every norm and with none:
+
+    - ``"plain"``: s + f.
+    - ``"skip_init"``: s + α f, α a learned number a block that starts at 0 (De & Smith, 2020, section 3).
+      What the slot's order has behind the addition stays there. The paper has pre-activation blocks.
+    - ``"rezero"``: s + α f, α from 0 too, with nothing behind the addition: what the slot's order has there
+      ends the branch instead, before α (Bachlechner et al., 2020; their code for CIFAR-10). So the shortcuts
+      are the identity from end to end, and in the order pre-act this is skip_init.
+    - ``"fixup"`` (Zhang et al., 2019, section 3): with L blocks, `initialize` scales what it draws for the
+      first convolution of a branch by L^(−1/2) (with "he": a deviation of √(2 / (fan_in L))), and sets the
+      second one and the classifier to 0. One learned number is added before each convolution but the stem,
+      before each activation and before the classifier, from 0; one multiplies the end of each branch, from 1,
+      before the last shift. They take the place of the convolutions' biases, and learn at a tenth of the
+      learning rate. Authors' code: the deviation has fan_out.
+
+    Pitfalls: a net without a norm overfits sooner; the authors of Fixup add mixup, those of SkipInit dropout.
+    The learned numbers are no weights, so `weight_decay` spares them as it does scales and biases. Adaptive
+    clipping takes an α at 0 for 1e-3, and so opens the branches slowly.
+
     Raises BadInput for `zero_gamma` where no branch ends in a norm (in the orders other than norm-act a zero
-    scale would leave the branch, or all, dead for good), and where that norm has no learned scale.
+    scale would leave the branch, or all, dead for good), where that norm has no learned scale, and beside
+    another `residual` than plain, as two zeros in a row have no gradient. Raises BadInput also for rezero in
+    the order post-add, and for fixup with a reparametrization that fixes the size of weights.
     """
 
     def __init__(
@@ -110,8 +151,11 @@ class ResNet(nn.Module):
         width: int,
         shortcut: Shortcut,
         zero_gamma: bool = False,
+        residual: Residual = "plain",
     ) -> None:
         super().__init__()
+        check_residual(residual, slot, zero_gamma)
+        self.residual = residual
         num_inputs, *sizes = in_shape
         dim, depth = len(sizes), 1 + 2 * sum(blocks)
         self.stem = nn.Sequential(OrderedDict(conv=slot.build_conv(num_inputs, width, dim)))
@@ -124,7 +168,15 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and place == 0 else 1
                 index = 1 + 2 * len(self.layers)
                 block = Block(
-                    num_inputs, num_features, dim, slot, index, depth, stride=stride, shortcut=shortcut
+                    num_inputs,
+                    num_features,
+                    dim,
+                    slot,
+                    index,
+                    depth,
+                    stride=stride,
+                    shortcut=shortcut,
+                    residual=residual,
                 )
                 self.layers.append(block)
         if slot.order == "pre-act":
@@ -136,6 +188,26 @@ class ResNet(nn.Module):
         self.head = nn.Linear(num_features, num_classes)
         if zero_gamma:
             self._zero_gamma(slot)
+        if residual == "fixup":
+            self._add_fixup_scalars()
+
+    def _add_fixup_scalars(self) -> None:
+        self.stem = cast(nn.Sequential, add_shifts(self.stem))
+        self.final = add_shifts(self.final)
+        self.dropout = nn.Sequential(OrderedDict(dropout=self.dropout, shift=Shift()))
+        for module in self.modules():
+            if isinstance(module, LINEAR_MAPS) and module is not self.head:
+                module.register_parameter("bias", None)
+
+    @torch.no_grad()
+    def adjust_initial_weights(self) -> None:
+        """Start where the residual option does; `initialize` calls this after it has drawn all weights."""
+        if self.residual == "fixup":
+            for block in self.layers:
+                scale_weight(block.get_submodule("branch.conv1"), len(self.layers) ** -0.5)
+                scale_weight(block.get_submodule("branch.conv2"), 0.0)
+            for parameter in self.head.parameters():
+                parameter.zero_()
 
     def _zero_gamma(self, slot: Slot) -> None:
         if slot.order != "norm-act":
@@ -166,9 +238,17 @@ def _register(name: str, blocks: tuple[int, ...], default_width: int, default_sh
         width: int = default_width,
         shortcut: Shortcut = default_shortcut,
         zero_gamma: bool = False,
+        residual: Residual = "plain",
     ) -> nn.Module:
         return ResNet(
-            in_shape, num_classes, slot, blocks, width=width, shortcut=shortcut, zero_gamma=zero_gamma
+            in_shape,
+            num_classes,
+            slot,
+            blocks,
+            width=width,
+            shortcut=shortcut,
+            zero_gamma=zero_gamma,
+            residual=residual,
         )
 
 

@@ -47,6 +47,8 @@ class Trial:
     evaluations on the way. With `until_train_nll` the training stops earlier, at the first of some 40 equally
     spaced evaluations whose training NLL (evaluation mode, precise statistics) is at or below that number.
 
+    `clip_norm` bounds the norm of all gradients together, `adaptive_clip` that of each unit's gradient by the
+    norm of its weights (:func:`bnbench.lit.clip_by_unit`).
     `last_norm_options` are changes to `norm_options` for the norm of the last hidden layer alone.
     `logit_scale` multiplies the logits. `gamma_decay` is an L2 penalty on the scales of norms, beside what
     `decay_norm` gives them. `probes` maps names of probes to their options,
@@ -90,6 +92,7 @@ class Trial:
     schedule: str = "cosine"
     warmup: float = 0.0
     clip_norm: float | None = None
+    adaptive_clip: float | None = None
     label_smoothing: float = 0.0
     batch_size: int = 64
     steps: int = 500
@@ -125,7 +128,7 @@ class Trial:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("weight_decay", "gamma_decay", "curve_points"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("clip_norm", "until_train_nll"):
+        for name in ("clip_norm", "adaptive_clip", "until_train_nll"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "above 0, or None")
         for name in ("label_noise", "dropout", "momentum", "label_smoothing"):
