@@ -38,7 +38,13 @@ QUICK_INITIAL = (
 )
 QUICK_TRAINED = (Cell("mlp30-digits", data="digits", model="mlp", model_options={"depth": 30}),)
 QUICK_DEPTHS = tuple(
-    Cell(f"mlp{depth}-digits", data="digits", model="mlp", model_options={"depth": depth, "width": 64})
+    Cell(
+        f"mlp{depth}-digits",
+        data="digits",
+        model="mlp",
+        model_options={"depth": depth, "width": 64},
+        replicates=5,
+    )
     for depth in (10, 60)
 )
 

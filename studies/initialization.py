@@ -50,7 +50,6 @@ QUICK = Design(
             model_options={"depth": 20},
             steps=80,
             constants={"delta_acc": 1.0},
-            replicates=20,
         ),
     ),
     arms=(

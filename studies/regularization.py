@@ -50,7 +50,6 @@ QUICK = Design(
             steps=300,
             until_train_nll=0.1,
             schedule="constant",
-            replicates=20,
         ),
     ),
     arms=(

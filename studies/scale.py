@@ -82,7 +82,6 @@ QUICK = Design(
             steps=200,
             schedule="trapezoid",
             constants={"delta_acc": 1.0},
-            replicates=20,
         ),
     ),
     arms=(

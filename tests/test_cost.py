@@ -24,8 +24,11 @@ from bnbench.study import Result, Trial
 
 
 def took(trial: Trial, step: float, beside: float, evaluated: int = 0) -> Result:
-    """The result of a row whose evaluated samples cost 15 % of a trained one each."""
-    total = beside + trial.steps * step + 0.15 * evaluated * step / trial.batch_size
+    """The result of a row whose evaluated samples cost 30 % of what one more trained sample costs.
+
+    A step costs as 64 samples and its own.
+    """
+    total = beside + trial.steps * step + 0.3 * evaluated * step / (64 + trial.batch_size)
     return Result("done", {"time/step_ms": 1000 * step, "time/total_s": total})
 
 
@@ -75,17 +78,17 @@ def test_the_seconds_of_a_row_are_its_steps_its_evaluations_and_the_rest() -> No
     trial = Trial(steps=100, batch_size=50)
     costs = {shape_of(trial): Cost(0.01, 0.5)}
     assert seconds_of(trial, costs) == pytest.approx(1.5)
-    assert seconds_of(trial.replace(curve_points=2), costs) == pytest.approx(1.5 + 0.15 * 3024 / 50 * 0.01)
-    assert seconds_of(trial.replace(score_on="test"), costs) == pytest.approx(1.5 + 0.15 * 12000 / 50 * 0.01)
+    assert seconds_of(trial.replace(curve_points=2), costs) == pytest.approx(1.5 + 0.3 * 3024 / 114 * 0.01)
+    assert seconds_of(trial.replace(score_on="test"), costs) == pytest.approx(1.5 + 0.3 * 12000 / 114 * 0.01)
     until = trial.replace(until_train_nll=0.1)  # looks after 3, 6, ... 99 steps
-    assert seconds_of(until, costs) == pytest.approx(1.5 + 0.15 * 33 * 1536 / 50 * 0.01)
+    assert seconds_of(until, costs) == pytest.approx(1.5 + 0.3 * 33 * 1536 / 114 * 0.01)
 
 
 def test_a_row_that_stopped_early_costs_what_its_steps_took(record: Record) -> None:
-    trial = Trial(steps=1000, until_train_nll=0.1, batch_size=1536)
+    trial = Trial(steps=1000, until_train_nll=0.1, batch_size=1472)
     looks = 39
     result = Result(
-        "done", {"time/step_ms": 2.0, "train/steps": 100.0, "time/total_s": 0.2 + 0.5 + looks * 0.15 * 0.002}
+        "done", {"time/step_ms": 2.0, "train/steps": 100.0, "time/total_s": 0.2 + 0.5 + looks * 0.3 * 0.002}
     )
     record.append([(trial, result)])
     (cost,) = known_costs(record).values()

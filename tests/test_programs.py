@@ -86,6 +86,17 @@ def test_a_search_tunes_on_validation_data_and_confirms_on_test_data() -> None:
     assert common == {row.trial.lr for row in lines if row.role == "own" and row.arm == "none"}
 
 
+@pytest.mark.parametrize("tuning", ["once", "per_replicate"])
+def test_a_design_may_confirm_no_arm_at_the_baselines_rate(tuning: str) -> None:
+    for common in (True, False):
+        the_study = study(quick=design(tuning=tuning, common=common))
+        asked = [row for _, program in programs_of(the_study, "quick") for row in drive(program)[0]]
+        confirmed = Counter(row.role for row in asked if row.role != "tune")
+        assert confirmed == {"own": 12, "common": 12} if common else confirmed == {"own": 12}
+        planned = planned_rows(the_study, "quick")
+        assert sum(row.score_on == "test" for row in planned) == (20 if common else 12)
+
+
 def test_equal_rates_are_one_row_in_two_roles() -> None:
     def best_at_a_tenth(trial: Trial) -> Result:
         result = invented(trial)

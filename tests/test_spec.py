@@ -90,6 +90,11 @@ def refusal(make: Callable[[], Any]) -> str:
         (lambda: design(curve_points=2.5), "curve_points must be a whole number of 0 or more"),
         (lambda: design(tuning="one"), "tuning is 'one'; did you mean 'once'?"),
         (lambda: design(smoke=1), "smoke must be True or False"),
+        (lambda: design(common=None), "common must be True or False, not None"),
+        (lambda: design(timed=0), "timed, the replicates with a timed row, must be a whole number of 1"),
+        (lambda: study(ranked="yes"), "study 'pilot': ranked must be True or False"),
+        (lambda: study(ranked=True, program="sweep"), "ranked must be True or False, and False in a sweep"),
+        (lambda: study(tried="quick"), "study 'pilot': tried must be a Design, not 'quick'"),
         (lambda: study(name="../x"), "study name '../x' cannot be used for a folder"),
         (lambda: study(question=None), "study 'pilot': question must be a text"),
         (lambda: study(program="serach"), "study 'pilot': program is 'serach'; did you mean 'search'?"),
@@ -267,6 +272,16 @@ def test_delta_may_be_a_constant() -> None:
     assert made.hypotheses[0].delta_in(made.full.cells[1]) == 0.6
 
 
+def test_another_design_than_the_full_one_may_be_tried() -> None:
+    tried = design(cells=CELLS[1:], replicates=7)
+    smoke = study(tried=tried).design("smoke")
+    assert [cell.name for cell in smoke.cells] == ["cnn"]
+    assert (smoke.replicates, smoke.smoke) == (1, True)
+    assert study(tried=tried).hash("full") == study().hash("full")
+    with pytest.raises(BadInput, match="tried reads as its baseline in cell 'cnn' an arm 'none'"):
+        study(tried=design(cells=CELLS[1:], arms=ARMS[1:]))
+
+
 def half(replicate: Any, share: float = 0.5) -> float:
     return share
 
@@ -285,6 +300,9 @@ CHANGES: dict[str, Callable[[], Study]] = {
     "the replicates": lambda: study(quick=design(replicates=3)),
     "the tuning": lambda: study(quick=design(tuning="once")),
     "the timed steps": lambda: study(quick=design(timing_steps=50)),
+    "the replicates that are timed": lambda: study(quick=design(timed=1)),
+    "that nothing is confirmed at the common rate": lambda: study(quick=design(common=False)),
+    "that arms are ranked": lambda: study(ranked=True),
     "the curve": lambda: study(quick=design(curve_points=25)),
     "the program": lambda: study(program="sweep"),
     "the baseline": lambda: study(baseline="group"),

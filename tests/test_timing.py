@@ -77,6 +77,14 @@ def test_a_plan_counts_what_is_timed(tuning: str) -> None:
     assert len(on_grid) >= 2 * 2 * 6  # exactly known, but for what a search chooses
 
 
+@TUNINGS
+def test_only_the_first_replicates_are_timed_where_a_design_says_so(tuning: str) -> None:
+    the_study = timed(tuning, timed=2)
+    asked = [e for cell in ("mlp", "cnn") for e in lines_of(the_study, cell) if e.role == "timing"]
+    assert Counter(e.replicate for e in asked) == {0: 6, 1: 6}
+    assert sum(trial.alone for trial in planned_rows(the_study, "quick")) == len(asked)
+
+
 def test_nothing_is_timed_unless_asked_for_nor_in_a_sweep() -> None:
     for the_study in (study(), dataclasses.replace(timed(), program="sweep"), timed(timing_steps=0)):
         assert not any(trial.alone for trial in planned_rows(the_study, "quick"))

@@ -30,7 +30,14 @@ from bnbench.engine.storage import open_storage
 from bnbench.engine.suite import Job, drop_weights, run_jobs
 from bnbench.record import Record
 from bnbench.registry import BadInput
-from bnbench.report import claim_lines, recipe_lines, render_json, verdict_lines, write_report
+from bnbench.report import (
+    claim_lines,
+    ranking_lines,
+    recipe_lines,
+    render_json,
+    verdict_lines,
+    write_report,
+)
 from bnbench.report.words import effect
 from bnbench.study.load import load_studies
 from bnbench.study.programs import Wanted
@@ -317,7 +324,7 @@ def _work(
             def on_study(job: Job, table: Table, verdicts: tuple[Verdict, ...]) -> None:
                 if not request.quiet:
                     result = result_of(record, job, table, verdicts)
-                    for lines in (verdict_lines(result), recipe_lines(result)):
+                    for lines in (verdict_lines(result), ranking_lines(result), recipe_lines(result)):
                         if lines is not None:
                             console.print(lines)
 

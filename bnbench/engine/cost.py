@@ -18,8 +18,10 @@ from bnbench.study.table import Result
 from bnbench.study.trial import Trial
 
 _PROBE_STEPS = 24
-#: An evaluated sample costs about this share of a trained one.
-_FORWARD_SHARE = 0.15
+#: An evaluated sample, which comes in large batches, costs about this share of what one more sample adds to a
+#: step; half of a step of 64 samples does not depend on their number.
+_FORWARD_SHARE = 0.3
+_FIXED_SAMPLES = 64
 #: Fields of a row that change no amount of work.
 _FREE = {
     *("lr", "momentum", "weight_decay", "decay_norm", "gamma_decay", "warmup", "schedule", "steps"),
@@ -75,7 +77,7 @@ _JOINED, _SYNCHRONIZED, _JOINING = 2e-3, 10e-3, 0.3
 def reference_cost(trial: Trial) -> Cost:
     """The cost of a row whose shape nobody has measured here: measured elsewhere, or guessed."""
     plain, normalized = _REFERENCE.get(trial.model, _OTHER_MODEL)
-    step = (plain if trial.norm == "none" else normalized) * (1 + trial.batch_size / 64) / 2
+    step = (plain if trial.norm == "none" else normalized) * (1 + trial.batch_size / _FIXED_SAMPLES) / 2
     if usual := _REFERENCE_DEPTH.get(trial.model):
         step *= trial.model_options.get("depth", usual) / usual
         option, width = _REFERENCE_WIDTH[trial.model]
@@ -92,7 +94,7 @@ def _evaluations(trial: Trial) -> float:
     samples = trial.curve_points * 1512 + (12000 if trial.score_on == "test" else 0)
     samples += len(look_steps(trial)) * 1536
     probed = sum(len(probe.due_steps(trial.steps)) * probe.passes for probe in probes_of(trial))
-    return samples * _FORWARD_SHARE / trial.batch_size + probed
+    return samples * _FORWARD_SHARE / (_FIXED_SAMPLES + trial.batch_size) + probed
 
 
 def _cost_of(trial: Trial, result: Result) -> Cost:

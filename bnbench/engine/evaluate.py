@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -108,6 +108,28 @@ def scale_of_norms(model: nn.Module) -> dict[str, float]:
         return {}
     size = torch.cat(scales).square().mean().sqrt().item()
     return {"norm/gamma": size} if math.isfinite(size) else {}
+
+
+def saved_for_backward(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> float:
+    """The MiB that autograd keeps between a forward pass and its backward pass.
+
+    That is what the operations save for their derivatives: every storage once and whole, without those of
+    the tensors of `own`, such as weights, which are there anyway. What an `autograd.Function` keeps as an
+    attribute instead of saving it is not seen.
+    """
+    there = {tensor.untyped_storage().data_ptr() for tensor in own}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in there:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # The graph lives until all is counted, so that no address is used twice.
+        _graph = forward()
+    return sum(saved.values()) / 2**20
 
 
 def finite_or_worst(values: dict[str, float], num_classes: int, last_loss: float) -> dict[str, float]:

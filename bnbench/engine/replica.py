@@ -25,6 +25,7 @@ from bnbench.engine.evaluate import (
     calibration_error,
     finite_or_worst,
     logits_of,
+    saved_for_backward,
     scale_of_norms,
     scores,
     worst_scores,
@@ -288,10 +289,26 @@ class Replica:
             metrics |= scale_of_norms(self.model)
             if self.writes and not reason:
                 self.keep_weights()
+        if trial.alone:
+            metrics["memory/saved_mib"] = self.memory_of_step()
         self.checkpoint.remove()
         curve = {name: tuple(series) for name, series in self.progress.curve.items()}
         traces = {name: probe.trace for name, probe in self.probes.items()}
         return Result("diverged" if reason else "done", metrics, curve, reason, traces=traces)
+
+    def memory_of_step(self) -> float:
+        """The MiB that a training step keeps for its backward pass, beside weights and buffers."""
+        module, device = self.module, self.place.device
+        # Copies: a part of the training data would count as the whole of them.
+        x, y = (
+            part[: self.trial.batch_size].clone() for part in (module.train_arrays.x, module.train_arrays.y)
+        )
+        autocast = torch.autocast(device, torch.bfloat16, enabled=self.trial.precision == "bf16-mixed")
+        devices = [torch.cuda.current_device()] if device == "cuda" else []
+        module.train()
+        with buffers_restored(self.model), torch.random.fork_rng(devices), autocast:
+            own = [*self.model.parameters(), *self.model.buffers()]
+            return saved_for_backward(lambda: module.loss(module.run_training_batch(x), y), own)
 
     def why_diverged(self, initial: dict[str, float], final: dict[str, float]) -> str:
         if self.module.diverged or not all(map(math.isfinite, final.values())):

@@ -3,6 +3,7 @@
 from bnbench.report.page import render_html, write_report
 from bnbench.report.plain import (
     claim_lines,
+    ranking_lines,
     recipe_lines,
     render_csv,
     render_json,
@@ -15,6 +16,7 @@ __all__ = [
     "Report",
     "StudyResult",
     "claim_lines",
+    "ranking_lines",
     "recipe_lines",
     "render_csv",
     "render_html",

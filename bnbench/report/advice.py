@@ -15,16 +15,20 @@ from bnbench.study.trial import Trial
 
 Answer = Literal["yes", "no", "no clear winner", "too few replicates"]
 
-#: What makes a norm: rows that differ in these alone, and in what is tuned, are compared.
-_NORM = ("norm", "norm_options", "reparam")
+#: What makes a norm, or stands in place of one: rows that differ in these alone, and in what is tuned, are
+#: compared. So does an option of residual networks, `residual`, among those of the model.
+_NORM = ("norm", "norm_options", "reparam", "adaptive_clip")
+_RESIDUAL = "residual"
 #: Fields of their own columns.
 _SHOWN = ("model", "model_options", "data", "batch_size", "devices", "num_nodes")
 #: Told only where two lines would else look alike.
 _BUDGET = ("steps", "schedule", "warmup", "momentum", "clip_norm", "precision", "backend", "data_options")
 _NOT_COMPARED: Mapping[str, Any] = {
-    "norm": "none", "norm_options": {}, "reparam": None, "lr": 0.1, "seed": 0, "data_seed": 0,
-    "score_on": "val", "curve_points": 0,
+    "norm": "none", "norm_options": {}, "reparam": None, "adaptive_clip": None, "lr": 0.1, "seed": 0,
+    "data_seed": 0, "score_on": "val", "curve_points": 0,
 }  # fmt: skip
+#: So many norms are named that cannot be told from the best.
+MOST_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -98,19 +102,25 @@ def _compare(result: StudyResult, cell: Cell) -> list[tuple[Trial, Advice]]:
         space = arm.space_in(cell.name)
         if all(dimension.name == "lr" for dimension in space):
             row = result.design.trial(cell, arm, 0)
-            groups.setdefault((row.replace(**_NOT_COMPARED).key, repr(space)), []).append((arm, row))
+            groups.setdefault((_around(row).key, repr(space)), []).append((arm, row))
     found = []
     for group in groups.values():
         line = _line(result, cell, group)
         if line is not None:
-            found.append((group[0][1].replace(**_NOT_COMPARED), line))
+            found.append((_around(group[0][1]), line))
     return found
 
 
+def _around(row: Trial) -> Trial:
+    """The setting of a row: all but the norm and what is tuned."""
+    options = {name: value for name, value in row.model_options.items() if name != _RESIDUAL}
+    return row.replace(**_NOT_COMPARED, model_options=options)
+
+
 def _line(result: StudyResult, cell: Cell, group: Sequence[tuple[Arm, Trial]]) -> Advice | None:
-    if any(row.norm == "batch" and not row.norm_options for _, row in group):
+    if any(norm_words(row) == "batch" for _, row in group):
         # Its variants, such as a fixed scale, are questions of other studies.
-        group = [(arm, row) for arm, row in group if row.norm != "batch" or not row.norm_options]
+        group = [(arm, row) for arm, row in group if row.norm != "batch" or norm_words(row) == "batch"]
     if len({row.norm for _, row in group}) < 2:
         return None
     scores: dict[str, dict[int, float]] = {}
@@ -137,7 +147,7 @@ def _line(result: StudyResult, cell: Cell, group: Sequence[tuple[Arm, Trial]]) -
     ranked = {n: m for n, m in sorted(means.items(), key=lambda p: -(p[1].value if p[1] else 0.0)) if m}
     best, second, *_ = ranked
     over_batch = None if best == plain else lead(best, plain)
-    row = group[0][1]
+    row = _around(group[0][1])
     return Advice(
         study=result.study.name,
         preset=result.preset,
@@ -179,7 +189,8 @@ def _answer(n: int, over_batch: Mean | None, lead: Mean) -> Answer:
 def norm_words(row: Trial) -> str:
     """The norm of a row for people: `ghost_batch ghost_size=16`, `group + weight_standardization`."""
     name = " ".join(filter(None, (row.norm, as_words(row.norm_options))))
-    return f"{name} + {row.reparam}" if row.reparam else name
+    clipped = f"adaptive_clip={row.adaptive_clip:g}" if row.adaptive_clip is not None else None
+    return " + ".join(filter(None, (name, row.reparam, row.model_options.get(_RESIDUAL), clipped)))
 
 
 def _words(row: Trial, names: Sequence[str]) -> str:
@@ -234,5 +245,7 @@ def _in_words(a: Advice) -> str:
     lost = "".join(f"; {count} of “{name}” diverged" for name, count in a.diverged.items())
     if a.answer == "too few replicates":
         return a.answer + lost
-    joined = (", " if a.answer == "no clear winner" else " or ").join(a.level)
+    many = len(a.level) > MOST_NAMED
+    named = [*a.level[: MOST_NAMED - 1], f"{len(a.level) - MOST_NAMED + 1} more"] if many else a.level
+    joined = (", " if a.answer == "no clear winner" else " or ").join(named)
     return f"{a.answer}: {joined}{lost}"

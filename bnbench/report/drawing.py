@@ -1,7 +1,7 @@
 """The look of the figures: colours, line styles, and SVG that fits a light and a dark page.
 
-Only this file, forest.py, figures.py, gradient_growth.py, probe_figures.py, scales.py and search_figures.py
-touch matplotlib.
+Only this file, forest.py, figures.py, gradient_growth.py, probe_figures.py, ranking_figure.py, scales.py and
+search_figures.py touch matplotlib.
 """
 
 from __future__ import annotations

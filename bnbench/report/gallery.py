@@ -11,6 +11,8 @@ from bnbench.report.drawing import ArmStyle, Dot, Drawing, Group, arm_styles
 from bnbench.report.figures import draw_curves, draw_replicates, draw_sweep
 from bnbench.report.forest import ForestRow, draw_forest
 from bnbench.report.probe_gallery import probe_groups
+from bnbench.report.ranking import rankings_of
+from bnbench.report.ranking_figure import draw_ranking
 from bnbench.report.result import Report, StudyResult
 from bnbench.report.search_figures import (
     Expectation,
@@ -95,6 +97,7 @@ def draw_all(report: Report, album: Album) -> Gallery:
         tuple(
             group
             for group in (
+                *_ranking_groups(album, name, result, styles),
                 *_search_groups(album, name, result, styles),
                 *_groups(album, name, result, styles),
                 *probe_groups(album, name, result, styles),
@@ -134,6 +137,31 @@ def _headline(report: Report, album: Album) -> Drawing | None:
         return None
     title = "Every primary cell of every claim, in units of the smallest effect that matters"
     return album.draw(draw_forest, "headline", title, rows, in_delta=True, wide=True)
+
+
+def _ranking_groups(
+    album: Album, name: str, result: StudyResult, styles: Mapping[str, ArmStyle]
+) -> list[Group]:
+    drawings = [
+        (
+            ranking.cell,
+            album.draw(
+                draw_ranking,
+                f"{name}-ranking-{i}",
+                f"Mean ranks of the arms, {ranking.cell}",
+                ranking,
+                styles,
+            ),
+        )
+        for i, ranking in enumerate(rankings_of(result), start=1)
+    ]
+    caption = (
+        "Within a replicate the best test accuracy has rank 1; equal ones share their mean rank, and a"
+        " diverged training counts as guessing. Beside the names: the mean test accuracy in percent. A bar on"
+        " the right joins arms of which no two mean ranks differ by more than the critical difference"
+        " (Nemenyi's test at 5 %; Demšar 2006): these are not told apart."
+    )
+    return [Group("Ranks", caption, tuple(drawings))]
 
 
 def _search_groups(

@@ -22,6 +22,7 @@ from bnbench.report.album import Album
 from bnbench.report.drawing import ArmStyle
 from bnbench.report.gallery import Gallery, anchors, draw_all, in_order
 from bnbench.report.plain import render_json
+from bnbench.report.ranking import ranking_heads, ranking_rows, ranking_words, rankings_of
 from bnbench.report.recipes import recipe_heads, recipe_rows
 from bnbench.report.result import Report, StudyResult
 from bnbench.report.summaries import changed_keys, failures, number_heads, number_rows
@@ -152,6 +153,8 @@ def _study(result: StudyResult, anchor: str, groups: Any) -> dict[str, Any]:
         "exploratory": _by_hypothesis(result, primary=False),
         "recipe_heads": recipe_heads(result),
         "recipes": [(cell.name, recipe_rows(result, cell)) for cell in result.design.cells],
+        "ranking_heads": ranking_heads(result),
+        "rankings": [(r.cell, ranking_words(r), ranking_rows(r)) for r in rankings_of(result)],
         "tuning": tuning_terms(result),
         "heads": number_heads(result),
         "numbers": [(cell.name, number_rows(result, cell.name)) for cell in result.design.cells],

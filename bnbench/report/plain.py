@@ -14,6 +14,13 @@ from rich.text import Text
 
 from bnbench.report.advice import ADVICE_HEADS, advice_rows, advise
 from bnbench.report.gallery import in_order
+from bnbench.report.ranking import (
+    ranking_heads,
+    ranking_rows,
+    ranking_values,
+    ranking_words,
+    rankings_of,
+)
 from bnbench.report.recipes import (
     LEVEL,
     Recipe,
@@ -27,6 +34,9 @@ from bnbench.report.result import Report, StudyResult
 from bnbench.report.sentences import conclude, explain, status
 from bnbench.report.words import amount, dimension_words, effect, probability
 from bnbench.study.verdicts import to_json
+
+#: So many arms of a ranking are shown in the terminal.
+BEST_SHOWN = 5
 
 _TERMINAL_COLOURS = {
     "SUPPORTED": "bold green",
@@ -49,6 +59,7 @@ def render_json(report: Report) -> str:
             "recorded": result.recorded,
             "verdicts": [to_json(verdict) for verdict in result.verdicts],
             **({"recipes": recipes} if (recipes := recipe_values(result)) else {}),
+            **({"rankings": rankings} if (rankings := ranking_values(result)) else {}),
         }
         for result in report.results
     ]
@@ -89,6 +100,11 @@ def render_markdown(report: Report) -> str:
             name = v.hypothesis if v.primary else f"{v.hypothesis} (exploratory)"
             matters = amount(v.delta, v.unit)
             lines.append(_markdown_row(name, v.cell, effect(v), matters, str(v.n), v.decision, explain(v)))
+        for ranking in rankings_of(result):
+            heads = ranking_heads(result)
+            lines += ["", f"{_cell_text(ranking.cell)}: {_cell_text(ranking_words(ranking))}", ""]
+            lines += [_markdown_row(*heads), "| --- " * len(heads) + "|"]
+            lines += [_markdown_row(*row) for row in ranking_rows(ranking)]
         if heads := recipe_heads(result):
             lines += ["", _markdown_row("cell", *heads), "| --- " * (1 + len(heads)) + "|"]
             for cell in result.design.cells:
@@ -171,6 +187,24 @@ def recipe_lines(result: StudyResult) -> RichTable | None:
     for recipe in recipes:
         chosen = "; ".join(f"{dimension_words(name)}: {text}" for name, text in recipe.setting.items())
         table.add_row(*map(Text, (recipe.cell, recipe.arm, mean_words(recipe.accuracy), chosen)))
+    return table
+
+
+def ranking_lines(result: StudyResult) -> RichTable | None:
+    """The best arms of every cell and the baseline, for the terminal; None where nothing is ranked."""
+    rankings = rankings_of(result)
+    if not rankings:
+        return None
+    table = RichTable(title="Ranking (exploratory)", title_justify="left", box=box.SIMPLE)
+    for head in ("cell", *ranking_heads(result)):
+        table.add_column(head, overflow="fold")
+    for ranking in rankings:
+        rows = ranking_rows(ranking)
+        shown = [*rows[:BEST_SHOWN], *(row for row in rows[BEST_SHOWN:] if row[0] == ranking.baseline)]
+        for row in shown:
+            table.add_row(*map(Text, (ranking.cell, *row)))
+    table.caption = Text(f"The best {BEST_SHOWN} of each cell, and the baseline. The report has all.")
+    table.caption_justify = "left"
     return table
 
 

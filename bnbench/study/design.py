@@ -124,8 +124,9 @@ class Design:
     a space gets `trials` points a search, drawn `batch` at a time; under "once" the search is repeated
     `searches` times, each on a tuning replicate of its own, and the best points of all are tried on every
     one. `trials` may be given by cell. `curve_points` is the number of evaluations on the way of a confirmed
-    row, up to 26 a factor of 1.15 apart. Where `timing_steps` is not 0, every confirmed replicate of an arm
-    also trains for so many steps with nothing beside it, to measure the time of a step.
+    row, up to 26 a factor of 1.15 apart. Where `timing_steps` is not 0, every confirmed replicate of an arm,
+    or the first `timed` ones, also trains for so many steps with nothing beside it, to measure the time and
+    the memory of a step. Without `common`, no arm is confirmed at the baseline's learning rate.
     """
 
     base: Trial
@@ -139,6 +140,8 @@ class Design:
     batch: int = 8
     searches: int = 3
     timing_steps: int = 0
+    timed: int | None = None
+    common: bool = True
     probes: Mapping[str, Any] = field(default_factory=dict)
     probed: int | None = None
     smoke: bool = False
@@ -169,8 +172,11 @@ class Design:
         object.__setattr__(self, "probes", self.base.replace(probes=self.probes).probes)
         if self.probed is not None:
             checks.check_whole("probed, the replicates with probes,", self.probed, least=1)
-        if not isinstance(self.smoke, bool):
-            raise BadInput(f"smoke must be True or False, not {shown(self.smoke)}")
+        if self.timed is not None:
+            checks.check_whole("timed, the replicates with a timed row,", self.timed, least=1)
+        for name in ("common", "smoke"):
+            if not isinstance(getattr(self, name), bool):
+                raise BadInput(f"{name} must be True or False, not {shown(getattr(self, name))}")
         self._check_searches()
         for arm in self.arms:
             for name in arm.cells:
@@ -233,6 +239,10 @@ class Design:
     def probes_of(self, replicate: int) -> Mapping[str, Any]:
         """The probes of a replicate's confirmed rows."""
         return self.probes if self.probed is None or replicate < self.probed else {}
+
+    def times(self, replicate: int) -> bool:
+        """Whether a replicate has rows that are trained alone, to measure a step."""
+        return self.timing_steps > 0 and (self.timed is None or replicate < self.timed)
 
     def cell(self, name: str) -> Cell:
         """The cell of this name."""

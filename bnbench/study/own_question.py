@@ -295,6 +295,7 @@ class _Asked:
             full=new_design,
             baseline=self.names[old.baseline],
             program=old.program,
+            ranked=old.ranked,
         )
 
     def _why(self) -> str:

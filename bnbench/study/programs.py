@@ -112,7 +112,7 @@ def choose(entries: Iterable[Entry]) -> Trial | None:
 def confirmed_at(
     study: Study, design: Design, cell: Cell, replicate: int, chosen: Mapping[str, Trial | None]
 ) -> list[Wanted]:
-    """Every arm at its own choice, and those on the grid at the baseline's rate too, reading test data."""
+    """Every arm at its own choice, reading test data, and those on the grid at the baseline's rate too."""
     wanted: list[Wanted] = []
     common = chosen[study.baseline]
     for arm in design.arms_in(cell.name):
@@ -120,7 +120,7 @@ def confirmed_at(
         rows: list[tuple[Role, Trial]] = []
         if own is not None:
             rows.append(("own", confirmation(design, own, replicate)))
-        if common is not None and not arm.space_in(cell.name):
+        if design.common and common is not None and not arm.space_in(cell.name):
             at_common = design.trial(cell, arm, replicate, lr=common.lr)
             rows.append(("common", confirmation(design, at_common, replicate)))
         wanted += [Wanted(cell.name, arm.name, replicate, role, trial) for role, trial in rows]
@@ -135,11 +135,11 @@ def confirmation(design: Design, chosen: Trial, replicate: int) -> Trial:
 
 
 def timed_at(design: Design, cell: Cell, replicate: int, chosen: Mapping[str, Trial | None]) -> list[Wanted]:
-    """Every arm's choice as a short row that is trained alone, if the design measures step times."""
+    """Every arm's choice as a short row that is trained alone, where the design measures steps."""
     return [
         Wanted(cell.name, arm.name, replicate, "timing", timing(design, own, replicate))
         for arm in design.arms_in(cell.name)
-        if design.timing_steps and (own := chosen[arm.name]) is not None
+        if design.times(replicate) and (own := chosen[arm.name]) is not None
     ]
 
 
@@ -344,10 +344,11 @@ def _planned_in(study: Study, design: Design, cell: Cell) -> Iterable[Trial]:
             chosen = [design.searched(cell, arm, 0, stand_in(space, 0))]
         else:
             other = design.lr[0] if arm.name != study.baseline else middle
-            chosen = [design.trial(cell, arm, 0, lr=lr) for lr in (middle, other)]
+            rates = (middle, other) if design.common else (middle,)
+            chosen = [design.trial(cell, arm, 0, lr=lr) for lr in rates]
         if study.program == "search":
             for replicate in replicates:
                 for one in chosen:
                     yield confirmation(design, one, replicate)
-                if design.timing_steps:
+                if design.times(replicate):
                     yield timing(design, chosen[0], replicate)

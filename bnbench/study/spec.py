@@ -128,7 +128,9 @@ class Study:
 
     `program` "search" tunes the learning rate of every arm on validation data and confirms the choice on
     test data; "sweep" trains the whole grid and reads validation data only. `baseline` names the arm whose
-    best learning rate is the common one.
+    best learning rate is the common one. A `ranked` study compares many arms of which it claims little: its
+    report ranks them in every cell, each against the baseline. `tried` is the design that the preset smoke
+    makes as small as still trains; `full` where it is None.
     """
 
     name: str
@@ -138,6 +140,8 @@ class Study:
     full: Design
     baseline: str
     program: Literal["search", "sweep"] = "search"
+    ranked: bool = False
+    tried: Design | None = None
 
     def __post_init__(self) -> None:
         checks.check_name("study", self.name)
@@ -148,7 +152,9 @@ class Study:
             self, "hypotheses", checks.several(f"{where} hypotheses", self.hypotheses, Hypothesis)
         )
         checks.check_unique(f"{where} hypothesis", [h.name for h in self.hypotheses])
-        for name in ("quick", "full"):
+        if not isinstance(self.ranked, bool) or (self.ranked and self.program != "search"):
+            raise BadInput(f"{where} ranked must be True or False, and False in a sweep, which has no tests")
+        for name in ("quick", "full", *(["tried"] if self.tried is not None else [])):
             if not isinstance(getattr(self, name), Design):
                 raise BadInput(f"{where} {name} must be a Design, not {shown(getattr(self, name))}")
             self._check_reading(f"{where} {name} reads", getattr(self, name))
@@ -174,7 +180,7 @@ class Study:
                     checks.number(f"{where} delta in {cell.name!r}, which", h.delta_in(cell), above=0)
 
     def design(self, preset: str) -> Design:
-        """The design of a preset: `quick`, `full`, or `smoke` (every shape of `full` for two steps)."""
+        """The design of a preset: `quick`, `full`, or `smoke` (every shape of what is tried, two steps)."""
         if preset == "smoke":
             return self._smallest
         if preset not in ("quick", "full"):
@@ -184,7 +190,7 @@ class Study:
     @functools.cached_property
     def _smallest(self) -> Design:
         """Made once: to find the smallest batch of every row, many are tried."""
-        return smallest_design(self.full)
+        return smallest_design(self.full if self.tried is None else self.tried)
 
     def cells_of(self, hypothesis: Hypothesis, preset: str) -> tuple[Cell, ...]:
         """The cells of a preset that a hypothesis speaks of."""
@@ -206,6 +212,9 @@ class Study:
             "tuning": design.tuning,
             "curve_points": design.curve_points,
             **({"timing_steps": design.timing_steps} if design.timing_steps else {}),
+            **({"timed": design.timed} if design.timed is not None else {}),
+            **({} if design.common else {"common": False}),
+            **({"ranked": True} if self.ranked else {}),
             **({"probes": dict(design.probes), "probed": design.probed} if design.probes else {}),
             **define_searches(design),
             "cells": {
