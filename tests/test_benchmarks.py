@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from benchmarks.bare import BareLoop
 from benchmarks.rounds import Spent, now, run_program, speedups, take_turns, timed
 from benchmarks.table import Line, describe_machine, print_table, write_json
 from bnbench.lit import NormClassifier
+from bnbench.norms import NORMS
 from bnbench.registry import BadInput
 from bnbench.study.load import load_study
 from bnbench.study.trial import Trial
@@ -195,10 +197,27 @@ def test_every_norm_is_measured_both_ways_eager_and_compiled() -> None:
     compiled = partial(torch.compile, backend="eager")
     names = ["batch", "group", "virtual_batch"]
     lines = list(norms.measure(names, shape=(4, 8, 3, 3), rounds=2, compile_layer=compiled))
-    assert [line.name.split(",")[0] for line in lines] == [f"norm {name}" for name in names] * 2
+    assert [line.name.split(",")[0] for line in lines] == [f"norm {name}" for name in names] * 3
+    errors, eager, compiled_lines = lines[:3], lines[3:6], lines[6:]
+    assert all(0 < line.median < 1e-5 for line in errors)
     # As long as torch's, not as fast.
-    times = lines[0].times["both ways"]
-    assert lines[0].values[0] == pytest.approx(times["batch"][0]["wall"] / times[norms.TORCH][0]["wall"])
+    times = eager[0].times["both ways"]
+    assert eager[0].values[0] == pytest.approx(times["batch"][0]["wall"] / times[norms.TORCH][0]["wall"])
+    assert [line.most for line in eager] == [None] * 3
+    assert [line.most for line in compiled_lines] == [None, None, 2.0]
+    table = norms.markdown([line.to_json() for line in lines]).splitlines()
+    assert [row.split(" | ")[0] for row in table[2:]] == ["| batch", "| group", "| virtual_batch"]
+    assert table[2].split(" | ")[2] == f"{eager[0].median:.2f}"
+    assert table[2].endswith(" yes |") and table[4].split(" | ")[1].endswith(" *")
+
+
+def test_the_error_of_a_norm_is_its_distance_from_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = norms.max_error("rms")
+    assert 0 < honest < 1e-6
+    entry = NORMS["rms"]
+    wrong = dataclasses.replace(entry, reference=lambda x, **options: entry.reference(x, **options) + 0.5)
+    monkeypatch.setitem(NORMS._entries, "rms", wrong)
+    assert norms.max_error("rms") == pytest.approx(0.5, abs=1e-5)
 
 
 def test_the_share_of_a_probe_is_that_of_its_readings() -> None:

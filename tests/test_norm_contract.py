@@ -1,6 +1,8 @@
 """The contract itself: a norm that breaks a promise fails the check of that promise."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,14 @@ from torch import nn
 from bnbench.norms import NORMS
 from bnbench.testing import NormCase, check_norm, norm_cases, norm_checks
 
+REAL_KERNELS = """
+import sys
+from bnbench.testing import norm_cases
+from bnbench.testing.norm_modules import compare_compiled
+
+for case in norm_cases(sys.argv[1])[:1]:
+    compare_compiled(case, "inductor", modes=(True, False))
+"""
 CHECKS = {check.__name__.removeprefix("check_norm_"): check for check in norm_checks()}
 
 
@@ -121,6 +131,67 @@ class Hides(Instance):
         return super().forward(x) * (1 + self.seen)
 
 
+class CountsPasses(Instance):
+    """Trains otherwise after passes that do not train."""
+
+    passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        return super().forward(x) * (self.passes if self.training else 1.0)
+
+
+class BreaksGraph(Instance):
+    def forward(self, x):
+        return super().forward(x) * float(x.detach().sum() != 0.5)
+
+
+class DiffersCompiled(Instance):
+    def forward(self, x):
+        return super().forward(x) * (2 if torch.compiler.is_compiling() else 1)
+
+
+class DiffersExported(Instance):
+    def forward(self, x):
+        return super().forward(x) * (2 if torch.compiler.is_exporting() else 1)
+
+
+class KnowsBatchSize(Instance):
+    """Asks for the number of samples, so that no exported program takes another."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if len(x) == 8 else y * 1.0
+
+
+class IgnoresCompiledBuffers(Instance):
+    """Counts its steps only where it is not compiled."""
+
+    def __init__(self, num_features, dim=2, *, eps=1e-5):
+        super().__init__(num_features, dim, eps=eps)
+        self.register_buffer("steps", torch.tensor(0.0, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.training and not torch.compiler.is_compiling():
+            self.steps.add_(1)
+        return super().forward(x)
+
+
+class Thaws(Instance):
+    """Says that it can be frozen, and learns on."""
+
+    frozen = False
+
+    def __init__(self, num_features, dim=2, *, eps=1e-5):
+        super().__init__(num_features, dim, eps=eps)
+        self.register_buffer("steps", torch.tensor(0.0))
+
+    def forward(self, x):
+        if self.training:
+            self.steps.add_(1)
+        return super().forward(x)
+
+
 class Moments(Instance):
     """Claims population statistics that are wrong by a factor."""
 
@@ -171,6 +242,13 @@ def test_the_honest_norm_passes(check):
         (SeesBatch, "invariances"),
         (OrdersSamples, "invariances"),
         (Hides, "copies"),
+        (CountsPasses, "frozen_steps"),
+        (Thaws, "frozen_steps"),
+        (BreaksGraph, "compile"),
+        (DiffersCompiled, "compile"),
+        (IgnoresCompiledBuffers, "compile"),
+        (DiffersExported, "export"),
+        (KnowsBatchSize, "export"),
         (Moments, "moments"),
     ],
 )
@@ -218,3 +296,11 @@ def test_a_case_for_each_example_and_only_dims_that_the_norm_takes():
     assert [case.dims for case in norm_cases("instance")] == [(1, 2, 3)]
     assert norm_cases(NORMS["batch"].layer) == norm_cases("batch")
     assert [str(case) for case in norm_cases("ghost_batch", ghost_size=2)] == ["ghost_batch-ghost_size=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NORMS if name != "noisy_batch"])
+def test_real_kernels_compute_what_the_layer_computes(name):
+    # In a process of its own, since inductor looks for a GPU.
+    done = subprocess.run([sys.executable, "-c", REAL_KERNELS, name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -44,7 +44,8 @@ ANOTHER = {
     "until_train_nll": 0.3, "probes": {"rank": {"steps": [0]}}, "repeat": 1, "alone": True,
     "dropout": 0.1, "dropout_at": "last", "init": "xavier", "init_scale": 2.0, "bias_init": 0.5,
     "optimizer": "sgd", "lr": 0.2, "momentum": 0.5, "weight_decay": 0.1, "decay_norm": True,
-    "schedule": "constant", "warmup": 0.5, "clip_norm": 1.0, "adaptive_clip": 0.1, "label_smoothing": 0.1, "batch_size": 32,
+    "schedule": "constant", "warmup": 0.5, "clip_norm": 1.0, "adaptive_clip": 0.1,
+    "label_smoothing": 0.1, "batch_size": 32,
     "steps": 1, "seed": 1, "score_on": "test", "curve_points": 3, "recalibration": "precise", "devices": 2,
     "num_nodes": 2, "precision": "64-true", "backend": "eager",
 }  # fmt: skip

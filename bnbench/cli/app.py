@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -150,27 +150,28 @@ def import_rows(
     return merge(file, runs)
 
 
-def norms(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """List the normalizers: name, paper, and whether they depend on the batch."""
-    import json
+norms = typer.Typer(help="List the normalizers, or explain one.", add_completion=False, rich_markup_mode=None)
 
-    from bnbench.norms import NORMS
 
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "paper": entry.paper,
-            "batch_dependent": entry.batch_dependent,
-            "running_stats": entry.running_stats,
-        }
-        for name, entry in NORMS.items()
-    ]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        kind = "batch statistics" if row["batch_dependent"] else "each sample alone"
-        print(f"{row['name']:<16} {kind:<18} {row['paper']}")
+@norms.callback(invoke_without_command=True)
+def list_norms(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/norms.md.")] = False,
+) -> None:
+    """List the normalizers: paper, dependence on the batch, parameters. `norms show NAME` explains one."""
+    if context.invoked_subcommand is None:
+        from bnbench.cli.norms import print_norms
+
+        print_norms(as_json=as_json, as_markdown=as_markdown)
+
+
+@norms.command("show")
+def show_norm(name: str, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Explain a normalizer: formula, pitfalls, options, traits, and the BibTeX entry of its paper."""
+    from bnbench.cli.norms import print_norm
+
+    print_norm(name, as_json)
 
 
 def probes(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
@@ -198,8 +199,8 @@ _VERBS: dict[str, Callable[..., int | None]] = {
     "publish": publish,
     "export": export,
     "import": import_rows,
-    "norms": norms,
     "probes": probes,
 }
 for _name, _verb in _VERBS.items():
     app.command(_name)(_verb)
+app.add_typer(norms, name="norms")

@@ -281,6 +281,10 @@ class FleetClassifier(L.LightningModule):
         if missing := self._missing:
             x, y = (torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for t in (x, y))
         self.stacked_loss.tell_progress(min(1.0, step / self.members[0].hparams["steps"]))
+        if self.stacked_loss.followers:
+            # A ramp may be a buffer, and theirs are views of the stacked ones.
+            for member in self.members:
+                member.tell_progress(step)
         # An autocast that spans a block may keep its copies of the weights, which a step makes out of date.
         torch.clear_autocast_cache()
         losses, gradients = (differentiate or self._differentiate)(x, y, *masks.values())

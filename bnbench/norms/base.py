@@ -234,6 +234,22 @@ def divisors(number: int) -> tuple[int, ...]:
     return tuple(divisor for divisor in range(1, number + 1) if number % divisor == 0)
 
 
+def choose_num_groups(num_features: int, num_groups: int | None) -> int:
+    """Return num_groups, or for None gcd(32, C/4): 32 where the channels allow it, of at least 4 channels.
+
+    Where 4 does not divide C, the part of this that divides C (18 channels: 2 groups).
+    Raises BadInput where num_groups does not divide num_features.
+    """
+    if num_groups is None:
+        return math.gcd(32, max(num_features // 4, 1), num_features)
+    if num_groups < 1 or num_features % num_groups:
+        known = ", ".join(str(divisor) for divisor in divisors(num_features))
+        raise BadInput(
+            f"num_groups={num_groups} does not divide {num_features} channels; what would do: {known}"
+        )
+    return num_groups
+
+
 def add_affine(
     layer: nn.Module, num_features: int, *, gamma: bool, beta: bool, gamma_init: float = 1.0
 ) -> None:
@@ -251,6 +267,15 @@ def add_affine(
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """Shape C values so that they broadcast over x (N, C, *)."""
     return values.view(-1, *(1,) * (x.ndim - 2))
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """Shape C values so that they broadcast over x (N, C, *), with a view of them for each sample.
+
+    Their gradient is then summed over positions before it is over samples, which compiled code does beside
+    its other sums over positions: EvoNorm-B0 takes 1.2 times as long as batch norm, and 1.7 times without.
+    """
+    return per_channel(values, x).expand(x.shape[0], *(-1,) * (x.ndim - 1))
 
 
 def widen(x: Tensor) -> Tensor:
@@ -360,6 +385,26 @@ class BatchStatistics(nn.Module):
                 average.add_((batch - average) / self.num_batches_tracked)
             else:
                 average.mul_(1 - self.momentum).add_(batch, alpha=self.momentum)
+
+    def variance_over_batch(
+        self, x: Tensor, mean: Tensor, var: Tensor, origin: Tensor | float = 0.0
+    ) -> Tensor:
+        """The biased variance of each channel over the batch, of which the running averages take their share.
+
+        mean and var are the biased moments (N, C, 1, ...) of each channel of each sample of x (N, C, *), the
+        means measured from an origin that the samples share. In evaluation it is running_var. The shape is
+        that of var. Raises ValueError in training on one value a channel.
+        """
+        if not self.training:
+            return per_sample(widen(self.running_var), x)
+        count = x.numel() // self.num_features
+        if count < 2:
+            raise ValueError(
+                f"training needs more than one value a channel, and the input is {tuple(x.shape)}"
+            )
+        variance = var.mean(0) + mean.var(0, correction=0)
+        self.update_averages((origin + mean.mean(0)).flatten(), variance.flatten() * (count / (count - 1)))
+        return variance.expand_as(var)
 
     def batch_moments(self, x: Tensor) -> tuple[Tensor, ...]:
         return channel_moments(x)

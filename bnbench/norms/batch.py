@@ -35,7 +35,13 @@ class BatchNorm(BatchStatistics):
 
     gamma_init: where a learned γ starts. gamma: a fixed γ (with learn_gamma=False; γ is then a buffer).
     learn_beta=False leaves β out. affine=False leaves out both.
+
+    Pitfalls: The output of a sample depends on the samples beside it, so small batches add noise, and
+    evaluation is another function than training. With affine=False a ReLU behind it passes about half of
+    every channel, whatever is learned. A bias before it is dead.
+
     Raises BadInput for options that contradict each other, and ValueError in training on one value a channel.
+
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
 

@@ -36,7 +36,13 @@ class FrozenBatchNorm(BatchStatistics):
     "batch"); from then on its running averages are the constants. bnbench's trainers tell it how far they
     are, by `set_progress`; a layer that nobody tells is frozen. While it is `frozen`, recalibration leaves
     its statistics as they are, since it trains with them; before, they are set like those of "batch".
+
+    Pitfalls: Whoever takes statistics from elsewhere needs the eps that they were used with, which is part of
+    the map. A fresh layer that is frozen from the start normalizes nothing: It is x / √(1 + eps). Weights
+    that go on learning leave frozen statistics behind.
+
     Raises BadInput for a freeze_after outside [0, 1), and what "batch" raises until the layer is frozen.
+
     Source: He et al. 2015, appendix A, who fix the statistics of ImageNet for detection.
     """
 

@@ -39,7 +39,13 @@ class GhostBatchNorm(BatchStatistics):
     A training step moves the running averages once, by the average of the chunks' means and unbiased
     variances (Hoffer et al., algorithm 1, moves them once for each chunk, in turn). Evaluation uses these
     averages for a batch of any size.
+
+    Pitfalls: ghost_size has to divide every training batch, the last one of an epoch too. Small chunks are
+    noisy and differ more from evaluation. Which samples share a chunk depends on their order.
+
     Raises ValueError in training on a batch that ghost_size does not divide.
+
+    Source: Hoffer, Hubara & Soudry 2017, algorithm 1, but for the averages.
     """
 
     def __init__(

@@ -28,7 +28,12 @@ class InstanceNorm(nn.Module):
 
     y = γ (x − μ) / √(σ² + eps) + β, with μ and the biased σ² over * alone; x (N, C, *). The same in
     training and evaluation. Affine by default, which torch.nn.InstanceNorm2d is not.
+
+    Pitfalls: One position a channel has no variance: it suits neither MLPs nor 1 × 1 maps, and is coarse on
+    small ones. How strong a channel is in a sample as a whole is lost.
+
     Raises BadInput without spatial axes, and ValueError for inputs of one position.
+
     Source: Ulyanov et al. 2016.
     """
 

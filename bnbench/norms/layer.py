@@ -42,6 +42,10 @@ class LayerNorm(nn.Module):
     ConvNeXt, Liu et al. 2022). Without spatial axes the two are one. torch.nn.LayerNorm has γ and β for
     each element of the normalized shape, which differs from ours in over="sample" with spatial axes.
     gamma_init: where γ starts.
+
+    Pitfalls: Two different functions of a feature map go by this name; say which one was used. Neither of
+    them centres each channel, so a channel may stay far from 0, and a ReLU behind it dead.
+
     Source: Ba et al. 2016, equation 3.
     """
 

@@ -70,7 +70,12 @@ class NoisyBatchNorm(BatchStatistics):
     Recalibration is done without noise.
 
     noise: the dose, at least 0, by which all four widths are multiplied; 0 is "batch" to the bit.
+
+    Pitfalls: The effect depends on the dose, so name it with every result. A layer can learn a large γ,
+    beside which m is small. Replicas of it cannot train in one fleet.
+
     Raises BadInput for a noise that is negative or not finite, and what "batch" raises.
+
     Source: Santurkar et al. 2018, section 2.1: noise after the normalization layer, for each activation and
     sample, from a distribution of mean other than 0 and variance other than 1 that is itself drawn anew at
     each step. The kinds of these distributions and their widths are those of appendix A as far as we know;

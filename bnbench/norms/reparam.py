@@ -112,6 +112,10 @@ def weight_norm(layer: nn.Module) -> None:
 
     By torch's own code. It starts at the layer's weight, which must have no output that is all zero; the
     paper's data-dependent start of g and the bias is :func:`data_dependent_init`.
+
+    Pitfalls: activations are not controlled; pair it with the norm "mean_only_batch", or start from data. An
+    output whose weights are all zero has no direction.
+
     Source: Salimans & Kingma 2016, equation 2.
     """
     torch_weight_norm(layer, "weight", dim=0)
@@ -157,7 +161,12 @@ def weight_standardization(layer: nn.Module, *, eps: float = 1e-5) -> None:
 
     Here var is biased and eps is inside the root. Sources differ in both: the form (σ + eps) and an
     unbiased σ are in use too.
+
+    Pitfalls: scale and mean of W do not matter, so weight decay acts only through the learning rate, and an
+    initialization's scale is lost. It is meant to go with group normalization.
+
     Raises BadInput where an output has one input, as Ŵ would be 0 for good.
+
     Source: Qiao et al. 2019.
     """
     if layer.get_parameter("weight")[0].numel() < 2:
@@ -197,7 +206,12 @@ def scaled_weight_standardization(
     network without a norm keeps its signal. Here var is the biased variance of an output's fan_in weights,
     gain starts at 1, and γ_act = 1 / √Var[act(z)]: √(2 / (1 − 1/π)) = 1.7129 for ReLU. `activation` is the
     one before the layer. Weights that are assigned set W, and put gain back to 1.
+
+    Pitfalls: γ_act has to be that of the activation in use. The classifier stays as it is. Without a norm,
+    large batches need adaptive clipping of the gradients.
+
     Raises BadInput where an output has one input, as Ŵ would be 0 for good.
+
     Source: Brock et al. 2021, equation 1. Their code multiplies the activation by γ_act instead, which also
     reaches the classifier, and estimates γ_act from samples (1.71396 for ReLU); it has the bound on
     var · fan_in, which the equation leaves out.

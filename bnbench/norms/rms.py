@@ -37,6 +37,10 @@ class RMSNorm(nn.Module):
 
     y = γ x / √(mean x² + eps), γ a channel; x (N, C, *). over="channels": the mean is that of each position
     over C. over="sample": that of a sample over C and all positions.
+
+    Pitfalls: Means stay: where a large one is common to all values, it uses up the root mean square, and what
+    differs becomes small. Without β a bias before the layer is not dead.
+
     Source: Zhang & Sennrich 2019, equation 4; eps inside the root as in torch.nn.RMSNorm.
     """
 

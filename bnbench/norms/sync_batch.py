@@ -61,11 +61,15 @@ def tell_all(values: Tensor) -> Tensor:
 class SyncBatchNorm(BatchStatistics):
     """Batch normalization over the batches of all processes of the default group, on any back end.
 
-    y = γ (x − μ) / √(σ² + eps) + β. A process p tells the number n of its values, their mean m and their
-    variance v, in one message; μ = Σ n m / Σ n and σ² = Σ n (v + (m − μ)²) / Σ n, so that uneven shares weigh
-    what they hold, an empty one nothing, and nothing cancels where the mean is large. Gradients are those of
-    one process on the joined batch, for a loss that is the sum of the processes' losses. Without a process
-    group, or in a group of one, it is batch normalization.
+    y = γ (x − μ) / √(σ² + eps) + β; x (N, C, *). A process tells the number n of its values, their mean m and
+    their variance v, in one message; μ = Σ n m / Σ n and σ² = Σ n (v + (m − μ)²) / Σ n, so that uneven shares
+    weigh what they hold, an empty one nothing, and nothing cancels where the mean is large. Gradients are
+    those of one process on the joined batch, for a loss that is the sum of the processes' losses. Without a
+    process group, or in a group of one, it is batch normalization.
+
+    Pitfalls: Every process has to run every layer, or all wait; each layer costs a message a pass. Averaging
+    the processes' means and variances alike, as is done elsewhere, is wrong for uneven shares.
+
     Source: Peng et al. 2018 (MegDet), cross-GPU batch normalization.
     """
 

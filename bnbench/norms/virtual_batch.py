@@ -36,8 +36,14 @@ class VirtualBatchNorm(nn.Module):
     statistics are those of batch normalization without their noise.
 
     running_mean and running_var are the reference's μ and biased σ², reference_samples is R, or 0 before
-    there is one. Raises BadInput for weights and sizes that cannot be, and ValueError for a reference of one
-    value a channel.
+    there is one.
+
+    Pitfalls: A reference as large as the batch doubles the cost of a step. Results depend on which samples it
+    has, and one that is set once and never refreshed goes stale.
+
+    Raises BadInput for weights and sizes that cannot be, and ValueError for a reference of one value a
+    channel.
+
     Source: Salimans et al. 2016, section 3.4, and the authors' public code, which has the weight 1 / (R + 1).
     """
 
@@ -86,7 +92,8 @@ class VirtualBatchNorm(nn.Module):
         if not rows and self.training and not self._referred:
             rows = len(x)
         y, var = self._centre(widen(x), rows)
-        if self.own_weight != 0 and rows < len(x):
+        # Not len(), which is a fixed number where torch.export takes a batch of any size.
+        if self.own_weight != 0 and rows < x.shape[0]:
             y, var = self._mix(y, var, rows)
         scale = (var + self.eps).rsqrt()
         if self.weight is None or self.bias is None:
@@ -119,7 +126,7 @@ class VirtualBatchNorm(nn.Module):
     def _mix(self, y: Tensor, var: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """The same by the mixed statistics of each sample; the first `rows` of y are the reference."""
         weight = self.own_weight or 1 / (self.reference_samples.to(y.dtype) + 1)
-        is_other = torch.arange(len(y), device=y.device) >= rows
+        is_other = torch.arange(y.shape[0], device=y.device) >= rows
         w = (is_other.to(y.dtype) * weight).view(-1, *(1,) * (y.ndim - 1))
         if y.ndim == 2:
             between, own_var = y, torch.zeros_like(y)
