@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from bnbench.data import Arrays, step_indices
 from bnbench.engine.fleet import FleetClassifier, can_fleet, fleet_shape
 from bnbench.engine.rows import check_trial, classifier_of, module_arguments
-from bnbench.lit import NormClassifier, clip_by_unit
+from bnbench.lit import NormClassifier
+from bnbench.optimization import clip_by_unit
 from bnbench.registry import BadInput
 from bnbench.study.trial import Trial
 from tests.test_engine_chunked import QUIET

@@ -16,9 +16,10 @@ from torch import nn
 
 from bnbench import lit
 from bnbench.data import DataModule
-from bnbench.lit import NormClassifier, check_model, learning_rate_factor, load, split_parameters
+from bnbench.lit import NormClassifier, check_model, load
 from bnbench.models import MODELS, build_model
 from bnbench.norms import NORMS, build_norm, ghost_batch
+from bnbench.optimization import learning_rate_factor, split_parameters
 from bnbench.registry import BadInput
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

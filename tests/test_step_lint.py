@@ -21,6 +21,7 @@ STEP_CODE = [
     "bnbench/engine/fleet.py",
     "bnbench/engine/stacked.py",
     "bnbench/lit.py",
+    "bnbench/optimization.py",
 ]
 # What is found and may stay: file, function, the words of the code that say what it is, and why.
 ALLOWED = [

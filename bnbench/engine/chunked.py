@@ -20,8 +20,9 @@ from torch import Tensor
 from bnbench.data import Arrays, augmentation, generator, seed_of, step_indices
 from bnbench.engine.captured import Differentiate, RecordedStep, chosen, recorder_for
 from bnbench.engine.distributed import Group
-from bnbench.lit import NormClassifier, ParameterGroup, learning_rate_factor
+from bnbench.lit import NormClassifier
 from bnbench.norms.reference import layers_with_reference, reference_size
+from bnbench.optimization import ParameterGroup, learning_rate_factor
 from bnbench.registry import BadInput
 
 BLOCK_STEPS = 32

@@ -22,7 +22,7 @@ def centred_weight(layer: nn.Module) -> None:
 
     Raises BadInput where an output has one input, as Ŵ would be 0 for good.
 
-    Source: Yan et al. 2020, section 4.3, weights centralization.
+    Source: Yan et al. 2020, weights centralization.
     """
     if layer.get_parameter("weight")[0].numel() < 2:
         raise BadInput("an output needs at least 2 input weights to be centred")

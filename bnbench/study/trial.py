@@ -48,7 +48,7 @@ class Trial:
     spaced evaluations whose training NLL (evaluation mode, precise statistics) is at or below that number.
 
     `clip_norm` bounds the norm of all gradients together, `adaptive_clip` that of each unit's gradient by the
-    norm of its weights (:func:`bnbench.lit.clip_by_unit`).
+    norm of its weights (:func:`bnbench.optimization.clip_by_unit`).
     `last_norm_options` are changes to `norm_options` for the norm of the last hidden layer alone.
     `logit_scale` multiplies the logits. `gamma_decay` is an L2 penalty on the scales of norms, beside what
     `decay_norm` gives them. `probes` maps names of probes to their options,
