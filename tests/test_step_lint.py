@@ -16,6 +16,7 @@ STEP_CODE = [
     "bnbench/data/augment.py",
     "bnbench/data/batches.py",
     "bnbench/data/randomness.py",
+    "bnbench/engine/captured.py",
     "bnbench/engine/chunked.py",
     "bnbench/engine/distributed.py",
     "bnbench/engine/fleet.py",
@@ -27,6 +28,7 @@ STEP_CODE = [
 ALLOWED = [
     ("norms/base.py", "add_affine", "torch.", "builds a layer, which is moved afterwards"),
     ("norms/recalibrate.py", "recalibrate", ".to(device)", "batches of a loader, after the training"),
+    ("norms/reparam.py", "start", "bool(", "before the training"),
     ("models/base.py", "build_model", ".to(device)", "moves a model that was just built"),
     ("engine/chunked.py", "training_step", ".tolist()", "the losses of a block, fetched at its end"),
     ("engine/chunked.py", "do_steps", ".to(x_all.device)", "the indices of a block, at its start"),

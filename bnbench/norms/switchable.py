@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ def switchable_norm(x: Tensor, *, eps: float = 1e-5, **others: object) -> Tensor
 
 
 def _average(values: list[Tensor]) -> Tensor:
-    return sum(values, torch.zeros(())) / len(values)
+    return functools.reduce(torch.add, values) / len(values)
 
 
 @norm(
