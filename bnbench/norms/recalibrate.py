@@ -99,7 +99,12 @@ def _collector(sums: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], Non
 
     def collect(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         x: Tensor = inputs[0]
-        moments = layer.batch_moments(x) if isinstance(layer, KeepsMoments) else channel_moments(x)
+        if isinstance(layer, KeepsMoments):
+            moments = layer.batch_moments(x)
+            # Some norms read their running statistics in training too.
+            layer.set_moments(*moments)
+        else:
+            moments = channel_moments(x)
         samples = moments[0].new_full((), len(x))
         terms = [samples, *(moment * samples for moment in moments)]
         sums[:] = [total + term for total, term in zip(sums, terms, strict=True)] if sums else terms
