@@ -169,3 +169,18 @@ def test_precise_statistics_end_with_the_block():
     with pytest.raises(RuntimeError, match="stop"), precise_statistics(model, batches):
         raise RuntimeError("stop")
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("first", ["power", "batch_renorm", "moving_average_batch"])
+def test_a_norm_that_trains_by_its_averages_hands_on_what_its_own_precise_statistics_give(first):
+    options = {"moving_average_batch": {"warmup": 0}}.get(first, {})
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = nn.Sequential(build_norm(first, 4, 0, **options), nn.Linear(4, 5), build_norm("batch", 5, 0))
+    model = model.double()
+    # Of one batch, the population is the batch.
+    (batch,) = batches_of([40])
+    recalibrate(model, [batch + 3])
+    hidden = model.eval()[:2](batch + 3)
+    torch.testing.assert_close(model[2].running_mean, hidden.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model[2].running_var, hidden.var(0, correction=0), rtol=1e-4, atol=1e-4)
