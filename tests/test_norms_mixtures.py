@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 from bnbench.norms import FollowsProgress, build_norm, normalization_batch_size, recalibrate
 from bnbench.registry import BadInput
+from bnbench.testing import norm_cases
+from bnbench.testing.norm_modules import compare_compiled
 
 SHAPES = {0: (), 1: (5,), 2: (4, 3), 3: (3, 2, 2)}
 TORCH_BATCH_NORM = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -224,6 +226,11 @@ def test_estimates_are_recalibrated_to_the_moments_of_the_population():
     layer, batches = estimator(dim=1), [batch_of(1, n, seed=n) for n in (2, 5)]
     recalibrate(nn.Sequential(layer), batches)
     torch.testing.assert_close((layer.running_mean, layer.running_var), moments(torch.cat(batches)))
+
+
+@pytest.mark.slow  # the compiler takes ten seconds to load
+def test_estimates_that_a_compiled_step_moves_are_those_that_its_backward_pass_reads():
+    compare_compiled(norm_cases("batch_channel", estimate=True, momentum=0.5)[0], "aot_eager")
 
 
 def test_what_batch_channel_cannot_be_is_one_clear_line():

@@ -214,6 +214,17 @@ def test_centred_weights_sum_to_zero_for_each_output(layer):
     torch.testing.assert_close(gradient, wanted)
 
 
+@pytest.mark.parametrize("name", ["centred_weight", "weight_standardization"])
+def test_weights_of_bfloat16_are_centred_in_float32(name):
+    weight = 3 + torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    layer, wide = nn.Linear(64, 4), nn.Linear(64, 4).double()
+    layer.weight.data, wide.weight.data = weight.bfloat16(), weight.bfloat16().double()
+    for each in (layer, wide):
+        apply_reparam(each, name)
+    assert layer.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(layer.weight, wide.weight.bfloat16(), rtol=2**-7, atol=0)
+
+
 def test_one_input_cannot_be_centred():
     with pytest.raises(BadInput, match="at least 2 input weights to be centred"):
         apply_reparam(nn.Linear(1, 4), "centred_weight")

@@ -225,7 +225,7 @@ def test_limits_that_cannot_be_are_refused(options, message):
 
 def test_one_value_a_channel_cannot_be_trained_on():
     layer = made("batch_renorm", 0)
-    with pytest.raises(ValueError, match=r"more than one value a channel, not \(1, 4\)"):
+    with pytest.raises(ValueError, match=r"more than one value a channel, and the input is \(1, 4\)"):
         layer(batch_of(0, 1))
     assert layer.eval()(batch_of(0, 1)).isfinite().all()
 

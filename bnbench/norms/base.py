@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnbench.registry import BadInput, Registry, check_options, nearest
@@ -219,7 +218,8 @@ def normalization_batch_size(name: str, batch_size: int, **options: Any) -> int 
     return batch_size
 
 
-# What several norms share. Each norm is one file and none imports another, so it lives here.
+# What several norms share. Each norm is one file and none imports another, so it lives here, or where it is
+# about running averages, in averages.py.
 
 
 def check_eps(eps: float) -> float:
@@ -227,6 +227,25 @@ def check_eps(eps: float) -> float:
     if not 0 < eps < math.inf:
         raise BadInput(f"eps must be a positive number, not {eps!r}")
     return eps
+
+
+def check_share(name: str, value: float) -> float:
+    """Return the value. Raises BadInput, with the name of the option, unless it is from 0 to 1."""
+    if not 0 <= value <= 1:
+        raise BadInput(f"{name} must be a number from 0 to 1, not {value!r}")
+    return value
+
+
+def require_axes(dim: int, others: str = "'layer' and 'group' do") -> None:
+    """Raise BadInput without spatial axes; `others` says which norms take such inputs."""
+    if dim < 1:
+        raise BadInput(f"it needs spatial axes, and dim=0 has none; {others} without")
+
+
+def require_positions(x: Tensor) -> None:
+    """Raise ValueError where a channel of a sample of x (N, C, *) is a single value."""
+    if x.shape[2:].numel() == 1:
+        raise ValueError(f"one position a channel cannot be normalized, and the input is {tuple(x.shape)}")
 
 
 def divisors(number: int) -> tuple[int, ...]:
@@ -278,6 +297,18 @@ def per_sample(values: Tensor, x: Tensor) -> Tensor:
     return per_channel(values, x).expand(x.shape[0], *(-1,) * (x.ndim - 1))
 
 
+def apply_affine(
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Callable[[Tensor, Tensor], Tensor] = per_channel,
+) -> Tensor:
+    """γ y + β for y (N, C, *), or y where there is neither; `shape` is `per_channel` or `per_sample`."""
+    if weight is None or bias is None:
+        return y
+    return torch.addcmul(shape(widen(bias), y), y, shape(widen(weight), y))
+
+
 def widen(x: Tensor) -> Tensor:
     """Return x in a type that holds statistics: float32 in place of bfloat16 and float16."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -314,100 +345,3 @@ def set_mean_and_variance(layer: nn.Module, mean: Tensor, mean_square: Tensor) -
     """Write running_mean and the population's (biased) variance E[x²] − E[x]² into running_var."""
     cast(Tensor, layer.running_mean).copy_(mean)
     cast(Tensor, layer.running_var).copy_((mean_square - mean.square()).clamp_min(0.0))
-
-
-class BatchStatistics(nn.Module):
-    """What the layers with batch statistics share: γ, β, running averages and evaluation by them.
-
-    y = γ (x − running_mean) / √(running_var + eps) + β in evaluation, x (N, C, *). A training step moves
-    an average by new = (1 − momentum) old + momentum batch; momentum None averages all steps alike.
-    running_var holds the unbiased variance. State and names are those of torch.nn.BatchNorm.
-    """
-
-    num_features: int
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, num_features: int, *, eps: float, momentum: float | None, affine: bool) -> None:
-        super().__init__()
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise BadInput(f"momentum must be a number from 0 to 1, or None, not {momentum!r}")
-        self.num_features = num_features
-        self.eps = check_eps(eps)
-        self.momentum = momentum
-        self.affine = affine
-        add_affine(self, num_features, gamma=affine, beta=affine)
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
-
-    extra_repr = show_options
-
-    def normalize_by_batch(self, x: Tensor) -> Tensor:
-        """Normalize by the statistics of x, and move the running averages towards them."""
-        if self.momentum is not None and widen(self.running_mean) is self.running_mean:
-            self.num_batches_tracked.add_(1)
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
-            )
-        # The kernel wants its rate as a number from the host, and 1 / num_batches_tracked is on the device;
-        # it also keeps statistics in the type of the averages, and bfloat16 is too short for them.
-        y, mean, var = self.normalize_chunks(x)
-        self.update_averages(mean, var)
-        return y
-
-    def normalize_chunks(self, x: Tensor, chunks: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalize each channel of x (N, chunks · C, *) by itself, without touching the running averages.
-
-        x holds chunks of a batch side by side. Returns the output, and the means and unbiased variances.
-        """
-        mean = torch.zeros_like(widen(self.running_mean)).repeat(chunks)
-        var = torch.zeros_like(widen(self.running_var)).repeat(chunks)
-        weight = None if self.weight is None else widen(self.weight).repeat(chunks)
-        bias = None if self.bias is None else widen(self.bias).repeat(chunks)
-        return F.batch_norm(x, mean, var, weight, bias, True, 1.0, self.eps), mean, var
-
-    def normalize_by_averages(self, x: Tensor) -> Tensor:
-        """Normalize by the running averages."""
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
-
-    @torch.no_grad()
-    def update_averages(self, mean: Tensor, var: Tensor) -> None:
-        """Take one step's mean and unbiased variance into the running averages."""
-        self.num_batches_tracked.add_(1)
-        for average, batch in ((self.running_mean, mean), (self.running_var, var)):
-            if self.momentum is None:
-                average.add_((batch - average) / self.num_batches_tracked)
-            else:
-                average.mul_(1 - self.momentum).add_(batch, alpha=self.momentum)
-
-    def variance_over_batch(
-        self, x: Tensor, mean: Tensor, var: Tensor, origin: Tensor | float = 0.0
-    ) -> Tensor:
-        """The biased variance of each channel over the batch, of which the running averages take their share.
-
-        mean and var are the biased moments (N, C, 1, ...) of each channel of each sample of x (N, C, *), the
-        means measured from an origin that the samples share. In evaluation it is running_var. The shape is
-        that of var. Raises ValueError in training on one value a channel.
-        """
-        if not self.training:
-            return per_sample(widen(self.running_var), x)
-        count = x.numel() // self.num_features
-        if count < 2:
-            raise ValueError(
-                f"training needs more than one value a channel, and the input is {tuple(x.shape)}"
-            )
-        variance = var.mean(0) + mean.var(0, correction=0)
-        self.update_averages((origin + mean.mean(0)).flatten(), variance.flatten() * (count / (count - 1)))
-        return variance.expand_as(var)
-
-    def batch_moments(self, x: Tensor) -> tuple[Tensor, ...]:
-        return channel_moments(x)
-
-    def set_moments(self, *means: Tensor) -> None:
-        set_mean_and_variance(self, *means)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bnbench.norms.base import BatchStatistics, norm
+from bnbench.norms.averages import BatchStatistics
+from bnbench.norms.base import norm
 from bnbench.registry import BadInput
 
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnbench.norms.base import BatchStatistics, choose_num_groups, match, norm, per_channel, widen
+from bnbench.norms.averages import BatchStatistics
+from bnbench.norms.base import choose_num_groups, match, norm, per_channel, widen
 from bnbench.registry import BadInput
 
 # The share of the training over which the rate of the estimates rises from 0.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bnbench.norms.base import BatchStatistics, norm, per_channel, widen
-from bnbench.registry import BadInput
+from bnbench.norms.averages import BatchStatistics
+from bnbench.norms.base import check_share, norm, per_channel, require_axes, require_positions, widen
 
 
 def batch_instance_norm(x: Tensor, *, gate_init: float = 1.0, eps: float = 1e-5, **others: object) -> Tensor:
@@ -66,19 +66,13 @@ class BatchInstanceNorm(BatchStatistics):
         affine: bool = True,
     ) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
-        if dim < 1:
-            raise BadInput("it needs spatial axes, and dim=0 has none; 'batch' does without")
-        if not 0 <= gate_init <= 1:
-            raise BadInput(f"gate_init must be a number from 0 to 1, not {gate_init!r}")
-        self.gate_init = gate_init
+        require_axes(dim, "'batch' does")
+        self.gate_init = check_share("gate_init", gate_init)
         self.gate = nn.Parameter(torch.full((num_features,), float(gate_init)))
 
     def forward(self, x: Tensor) -> Tensor:
         positions = [*range(2, x.ndim)]
-        if x.shape[2:].numel() == 1:
-            raise ValueError(
-                f"one position a channel cannot be normalized, and the input is {tuple(x.shape)}"
-            )
+        require_positions(x)
         wide = widen(x)
         own_mean = wide.mean(positions, keepdim=True)
         centred = wide - own_mean

@@ -7,15 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bnbench.norms.base import (
-    add_affine,
-    channel_moments,
-    check_eps,
-    norm,
-    per_channel,
-    widen,
-)
-from bnbench.norms.own_backward import hold
+from bnbench.norms.averages import check_momentum, count_values, hold, move_averages
+from bnbench.norms.base import add_affine, channel_moments, check_eps, norm, per_channel, widen
 from bnbench.registry import BadInput
 
 # The shares of the training at which the limits begin to open, and are open.
@@ -98,13 +91,11 @@ class BatchRenorm(nn.Module):
             raise BadInput(f"r_max must be a finite number of at least 1, not {r_max!r}")
         if not 0 <= d_max < math.inf:
             raise BadInput(f"d_max must be a finite number of at least 0, not {d_max!r}")
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise BadInput(f"momentum must be a number from 0 to 1, or None, not {momentum!r}")
         self.num_features = num_features
         #: r_max and d_max at the end of the ramp.
         self.limits = (r_max, d_max)
         self.eps = check_eps(eps)
-        self.momentum = momentum
+        self.momentum = check_momentum(momentum)
         self.affine = affine
         add_affine(self, num_features, gamma=affine, beta=affine)
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -130,8 +121,7 @@ class BatchRenorm(nn.Module):
         if not self.training:
             centred = wide - per_channel(widen(self.running_mean), x)
             return self._scale(centred, 1 / widen(self.running_std), None).to(x.dtype)
-        if x.numel() <= self.num_features:
-            raise ValueError(f"a training batch needs more than one value a channel, not {tuple(x.shape)}")
+        count_values(x)
         dims = [0, *range(2, x.ndim)]
         mean = wide.mean(dims)
         centred = wide - per_channel(mean, x)
@@ -141,7 +131,8 @@ class BatchRenorm(nn.Module):
             r = (std / self.running_std).clamp(1 / r_max, r_max)
             d = ((mean - self.running_mean) / self.running_std).clamp(-d_max, d_max)
             r, d = hold(r), hold(d)
-            self._move_averages(mean, std)
+            moved = (self.running_mean, mean), (self.running_std, std)
+            move_averages(self.momentum, self.num_batches_tracked, *moved)
         return self._scale(centred, r / std, d).to(x.dtype)
 
     def _scale(self, centred: Tensor, slope: Tensor, shift: Tensor | None) -> Tensor:
@@ -152,13 +143,6 @@ class BatchRenorm(nn.Module):
         if shift is None:
             return centred * per_channel(slope, centred)
         return torch.addcmul(per_channel(shift, centred), centred, per_channel(slope, centred))
-
-    def _move_averages(self, mean: Tensor, std: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        count = self.num_batches_tracked.to(mean.dtype)
-        rate = 1 / count if self.momentum is None else self.momentum
-        for average, batch in ((self.running_mean, mean), (self.running_std, std)):
-            average.add_((batch - average) * rate)
 
     def batch_moments(self, x: Tensor) -> tuple[Tensor, ...]:
         return channel_moments(x)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bnbench.norms.reparam import reparam
-from bnbench.registry import BadInput
+from bnbench.norms.base import widen
+from bnbench.norms.reparam import reparam, require_inputs
 
 
 @reparam("centred_weight", paper="arXiv:2001.06838", proportional_to="original")
@@ -24,8 +24,7 @@ def centred_weight(layer: nn.Module) -> None:
 
     Source: Yan et al. 2020, weights centralization.
     """
-    if layer.get_parameter("weight")[0].numel() < 2:
-        raise BadInput("an output needs at least 2 input weights to be centred")
+    require_inputs(layer, "centred")
     parametrize.register_parametrization(layer, "weight", CentredWeight())
 
 
@@ -33,8 +32,8 @@ class CentredWeight(nn.Module):
     """The map from W (outputs first) to Ŵ; see :func:`centred_weight`."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        rows = weight.flatten(1)
-        return (rows - rows.mean(1, keepdim=True)).view_as(weight)
+        rows = widen(weight).flatten(1)
+        return (rows - rows.mean(1, keepdim=True)).view_as(weight).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bnbench.norms.base import add_affine, norm, per_channel, show_options, widen
+from bnbench.norms.base import add_affine, apply_affine, norm, show_options, widen
 
 
 def dynamic_erf(x: Tensor, *, alpha_init: float = 0.5) -> Tensor:
@@ -51,6 +51,4 @@ class DynamicErf(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.addcmul(widen(self.shift), widen(x), widen(self.alpha)).erf()
-        if self.weight is not None and self.bias is not None:
-            y = torch.addcmul(per_channel(widen(self.bias), x), y, per_channel(widen(self.weight), x))
-        return y.to(x.dtype)
+        return apply_affine(y, self.weight, self.bias).to(x.dtype)

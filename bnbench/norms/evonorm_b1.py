@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bnbench.norms.base import BatchStatistics, norm, per_sample, widen
-from bnbench.registry import BadInput
+from bnbench.norms.averages import BatchStatistics
+from bnbench.norms.base import apply_affine, norm, per_sample, require_axes, widen
 
 
 def evonorm_b1(x: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -52,8 +52,7 @@ class EvoNormB1(BatchStatistics):
         affine: bool = True,
     ) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
-        if dim < 1:
-            raise BadInput("it needs spatial axes, and dim=0 has none; 'layer' and 'group' do without")
+        require_axes(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = widen(x)
@@ -61,6 +60,4 @@ class EvoNormB1(BatchStatistics):
         batch_std = (self.variance_over_batch(x, mean, var) + self.eps).sqrt()
         rms = (var + mean.square() + self.eps).sqrt()
         y = wide / torch.addcmul(rms, wide, rms).clamp_min(batch_std)
-        if self.weight is not None and self.bias is not None:
-            y = torch.addcmul(per_sample(widen(self.bias), x), y, per_sample(widen(self.weight), x))
-        return y.to(x.dtype)
+        return apply_affine(y, self.weight, self.bias, per_sample).to(x.dtype)

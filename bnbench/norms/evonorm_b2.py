@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bnbench.norms.base import BatchStatistics, norm, per_sample, widen
-from bnbench.registry import BadInput
+from bnbench.norms.averages import BatchStatistics
+from bnbench.norms.base import apply_affine, norm, per_sample, require_axes, widen
 
 
 def evonorm_b2(x: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -50,8 +50,7 @@ class EvoNormB2(BatchStatistics):
         affine: bool = True,
     ) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
-        if dim < 1:
-            raise BadInput("it needs spatial axes, and dim=0 has none; 'layer' and 'group' do without")
+        require_axes(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = widen(x)
@@ -66,6 +65,4 @@ class EvoNormB2(BatchStatistics):
         rms = (var + mean.square() + self.eps).sqrt()
         rms_above_mean = torch.where(mean > 0, (var + self.eps) / (rms + mean.abs()), rms - mean)
         y = wide / (rms_above_mean + rest - shifted).clamp_min(batch_std)
-        if self.weight is not None and self.bias is not None:
-            y = torch.addcmul(per_sample(widen(self.bias), x), y, per_sample(widen(self.weight), x))
-        return y.to(x.dtype)
+        return apply_affine(y, self.weight, self.bias, per_sample).to(x.dtype)

@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 from bnbench.norms.base import (
     add_affine,
+    apply_affine,
     check_eps,
     choose_num_groups,
     norm,
     per_sample,
+    require_axes,
     show_options,
     widen,
 )
-from bnbench.registry import BadInput
 
 
 def evonorm_s0(x: Tensor, *, num_groups: int | None = None, eps: float = 1e-5) -> Tensor:
@@ -61,8 +62,7 @@ class EvoNormS0(nn.Module):
         affine: bool = True,
     ) -> None:
         super().__init__()
-        if dim < 1:
-            raise BadInput("it needs spatial axes, and dim=0 has none; 'layer' and 'group' do without")
+        require_axes(dim)
         self.num_features = num_features
         self.num_groups = choose_num_groups(num_features, num_groups)
         self.eps = check_eps(eps)
@@ -79,6 +79,4 @@ class EvoNormS0(nn.Module):
         var = grouped.var([*range(2, grouped.ndim)], correction=0, keepdim=True)
         gate = (wide * per_sample(widen(self.v), x)).sigmoid().view(shape)
         y = (grouped * gate * (var + self.eps).rsqrt()).flatten(1, 2)
-        if self.weight is not None and self.bias is not None:
-            y = torch.addcmul(per_sample(widen(self.bias), x), y, per_sample(widen(self.weight), x))
-        return y.to(x.dtype)
+        return apply_affine(y, self.weight, self.bias, per_sample).to(x.dtype)

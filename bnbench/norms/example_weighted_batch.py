@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bnbench.norms.base import BatchStatistics, norm, per_channel, widen
+from bnbench.norms.averages import BatchStatistics
+from bnbench.norms.base import norm, per_channel, widen
 from bnbench.registry import BadInput
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bnbench.norms.base import add_affine, check_eps, norm, per_sample, show_options, widen
-from bnbench.registry import BadInput
+from bnbench.norms.base import add_affine, check_eps, norm, per_sample, require_axes, show_options, widen
 
 
 def filter_response_norm(x: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -53,8 +52,7 @@ class FilterResponseNorm(nn.Module):
         learn_eps: bool = True,
     ) -> None:
         super().__init__()
-        if dim < 1:
-            raise BadInput("it needs spatial axes, and dim=0 has none; 'rms' does without")
+        require_axes(dim, "'rms' does")
         self.num_features = num_features
         self.eps = check_eps(eps)
         self.affine = affine

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbench.norms.base import BatchStatistics, norm
+from bnbench.norms.averages import BatchStatistics
+from bnbench.norms.base import norm
 from bnbench.registry import BadInput
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bnbench.norms.base import BatchStatistics, channels_adjacent, divisors, norm
+from bnbench.norms.averages import BatchStatistics
+from bnbench.norms.base import channels_adjacent, divisors, norm
 from bnbench.registry import BadInput
 
 # A loop over chunks of at least so many values is faster than one kernel over rearranged copies of them: a

@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnbench.norms.base import add_affine, check_eps, match, norm, show_options
-from bnbench.registry import BadInput
+from bnbench.norms.base import (
+    add_affine,
+    check_eps,
+    match,
+    norm,
+    require_axes,
+    require_positions,
+    show_options,
+)
 
 
 def instance_norm(x: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -42,8 +49,7 @@ class InstanceNorm(nn.Module):
 
     def __init__(self, num_features: int, dim: int = 2, *, eps: float = 1e-5, affine: bool = True) -> None:
         super().__init__()
-        if dim < 1:
-            raise BadInput("it needs spatial axes, and dim=0 has none; 'layer' and 'group' do without")
+        require_axes(dim)
         self.num_features = num_features
         self.eps = check_eps(eps)
         self.affine = affine
@@ -52,10 +58,7 @@ class InstanceNorm(nn.Module):
     extra_repr = show_options
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2:].numel() == 1:
-            raise ValueError(
-                f"one position a channel cannot be normalized, and the input is {tuple(x.shape)}"
-            )
+        require_positions(x)
         # One channel a group is the same; torch's instance_norm loses channels_last and bfloat16's precision.
         y = F.group_norm(match(x, self.weight), self.num_features, self.weight, self.bias, self.eps)
         return y.to(x.dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bnbench.norms.averages import check_momentum, count_values, move_averages
 from bnbench.norms.base import add_affine, channel_moments, norm, per_channel, show_options, widen
-from bnbench.registry import BadInput
 
 
 def mean_only_batch_norm(x: Tensor, **others: object) -> Tensor:
@@ -51,10 +51,8 @@ class MeanOnlyBatchNorm(nn.Module):
         self, num_features: int, dim: int = 2, *, momentum: float | None = 0.1, affine: bool = True
     ) -> None:
         super().__init__()
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise BadInput(f"momentum must be a number from 0 to 1, or None, not {momentum!r}")
         self.num_features = num_features
-        self.momentum = momentum
+        self.momentum = check_momentum(momentum)
         self.affine = affine
         add_affine(self, num_features, gamma=False, beta=affine)
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -65,21 +63,11 @@ class MeanOnlyBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide, mean = widen(x), widen(self.running_mean)
         if self.training:
-            if x.numel() <= self.num_features:
-                raise ValueError(
-                    f"a training batch needs more than one value a channel, not {tuple(x.shape)}"
-                )
+            count_values(x)
             mean = wide.mean([0, *range(2, x.ndim)])
-            self._move_average(mean)
+            move_averages(self.momentum, self.num_batches_tracked, (self.running_mean, mean))
         y = wide - per_channel(mean, x)
         return (y if self.bias is None else y + per_channel(widen(self.bias), x)).to(x.dtype)
-
-    @torch.no_grad()
-    def _move_average(self, mean: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        count = self.num_batches_tracked.to(mean.dtype)
-        rate = 1 / count if self.momentum is None else self.momentum
-        self.running_mean.add_((mean - self.running_mean) * rate)
 
     def batch_moments(self, x: Tensor) -> tuple[Tensor, ...]:
         return channel_moments(x)[:1]

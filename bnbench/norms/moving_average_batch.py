@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from bnbench.norms.base import add_affine, check_eps, norm, show_options, widen
-from bnbench.norms.own_backward import run_function, run_replicas, scale_and_shift, spread, sum_channels
+from bnbench.norms.averages import SquareAverage
+from bnbench.norms.base import norm, widen
+from bnbench.norms.own_backward import (
+    affine_or_identity,
+    run_function,
+    run_replicas,
+    scale_and_shift,
+    spread,
+    sum_channels,
+)
 from bnbench.registry import BadInput
 
 # The paper keeps the renormalization r between these.
@@ -85,7 +92,7 @@ class BufferedScaling(torch.autograd.Function):
     exact_gradient=False,
     examples=({}, {"buffer_size": 2, "warmup": 1}),
 )
-class MovingAverageBatchNorm(nn.Module):
+class MovingAverageBatchNorm(SquareAverage):
     """Divide each channel by a root mean square over the last batches, so that batches may be tiny.
 
     In training, x (N, C, *), with means over samples and positions, and all statistics of shape C:
@@ -118,13 +125,9 @@ class MovingAverageBatchNorm(nn.Module):
     the warm-up, keeps r at 1 for at least 1000 steps, and has one counter for both buffers.
     """
 
-    running_square: Tensor
     squares: Tensor
     products: Tensor
-    num_batches_tracked: Tensor
     num_gradients_tracked: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -137,27 +140,16 @@ class MovingAverageBatchNorm(nn.Module):
         buffer_size: int = 16,
         warmup: int = 100,
     ) -> None:
-        super().__init__()
-        if not 0 <= momentum <= 1:
-            raise BadInput(f"momentum must be a number from 0 to 1, not {momentum!r}")
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
         if buffer_size < 1:
             raise BadInput(f"buffer_size must be a number of batches of at least 1, not {buffer_size!r}")
         if warmup < 0:
             raise BadInput(f"warmup must be a number of steps of at least 0, not {warmup!r}")
-        self.num_features = num_features
-        self.eps = check_eps(eps)
-        self.momentum = momentum
-        self.affine = affine
         self.buffer_size = buffer_size
         self.warmup = warmup
-        add_affine(self, num_features, gamma=affine, beta=affine)
-        self.register_buffer("running_square", torch.ones(num_features))
         self.register_buffer("squares", torch.zeros(num_features, buffer_size))
         self.register_buffer("products", torch.zeros(num_features, buffer_size))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.register_buffer("num_gradients_tracked", torch.tensor(0))
-
-    extra_repr = show_options
 
     @staticmethod
     def normalization_batch_size(batch_size: int, *, buffer_size: int = 16, **others: object) -> int:
@@ -165,8 +157,7 @@ class MovingAverageBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            mean = torch.zeros_like(self.running_square)
-            return F.batch_norm(x, mean, self.running_square, self.weight, self.bias, False, 0.0, self.eps)
+            return self.normalize_by_average(x)
         average = widen(self.running_square)
         with torch.no_grad():
             own_square = widen(x).square().mean([0, *range(2, x.ndim)])
@@ -176,13 +167,6 @@ class MovingAverageBatchNorm(nn.Module):
             ratio = ((square + self.eps) / (average + self.eps)).sqrt().clamp(LEAST_RATIO, LARGEST_RATIO)
             ratio = torch.where(self.num_batches_tracked > self.warmup, ratio, 1.0)
             self.running_square.copy_(torch.lerp(average, square, self.momentum))
-        weight = torch.ones_like(inverse) if self.weight is None else widen(self.weight)
-        bias = torch.zeros_like(inverse) if self.bias is None else widen(self.bias)
+        weight, bias = affine_or_identity(self, inverse)
         buffers = self.products, self.num_gradients_tracked
         return run_function(BufferedScaling, (x, weight, bias), (inverse, ratio), buffers)
-
-    def batch_moments(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x.detach().double().square().mean([0, *range(2, x.ndim)]),)
-
-    def set_moments(self, *means: Tensor) -> None:
-        self.running_square.copy_(means[0])

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bnbench.norms.base import BatchStatistics, norm, widen
+from bnbench.norms.averages import BatchStatistics
+from bnbench.norms.base import norm, widen
 from bnbench.registry import BadInput
 
 # At noise=1: half the range of a unit's mean μ, the range of its scale σ above 1, half the range of a

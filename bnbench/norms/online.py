@@ -13,13 +13,13 @@ from bnbench.norms.base import (
     add_affine,
     channel_moments,
     check_eps,
+    check_share,
     norm,
     set_mean_and_variance,
     show_options,
     widen,
 )
-from bnbench.norms.own_backward import run_function, run_replicas, spread
-from bnbench.registry import BadInput
+from bnbench.norms.own_backward import affine_or_identity, run_function, run_replicas, spread
 
 
 def online_norm(
@@ -169,13 +169,10 @@ class OnlineNorm(nn.Module):
         layer_scaling: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in (("momentum", momentum), ("backward_momentum", backward_momentum)):
-            if not 0 <= value <= 1:
-                raise BadInput(f"{name} must be a number from 0 to 1, not {value!r}")
         self.num_features = num_features
         self.eps = check_eps(eps)
-        self.momentum = momentum
-        self.backward_momentum = backward_momentum
+        self.momentum = check_share("momentum", momentum)
+        self.backward_momentum = check_share("backward_momentum", backward_momentum)
         self.affine = affine
         self.layer_scaling = layer_scaling
         add_affine(self, num_features, gamma=affine, beta=affine)
@@ -219,8 +216,7 @@ class OnlineNorm(nn.Module):
             self.running_var.copy_(last_var)
             inverse = (var + self.eps).rsqrt()
             second = (own_var + away.square()) * inverse.square()
-        weight = torch.ones_like(last_mean) if self.weight is None else widen(self.weight)
-        bias = torch.zeros_like(last_mean) if self.bias is None else widen(self.bias)
+        weight, bias = affine_or_identity(self, last_mean)
         constants = mean, inverse, away * inverse, second
         buffers = self.control_scale, self.control_mean
         return run_function(OnlineScaling, (x, weight, bias), constants, buffers, self.backward_momentum)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bnbench.norms.averages import hold
 from bnbench.norms.base import widen
 
 # A backward pass that is not a derivative is a torch.autograd.Function, and it may write into a buffer. The
@@ -57,23 +58,13 @@ def run_replicas(
     return y.reshape(info.batch_size, -1, *y.shape[1:]), 0
 
 
-def hold(values: Tensor) -> Tensor:
-    """Return values that a compiled backward pass keeps, and does not compute anew.
-
-    torch.compile may compute small tensors again in the backward pass, and then reads buffers that the
-    forward pass has moved meanwhile (torch 2.13). It takes no operation again that it does not know.
-    """
-    held: Tensor = _copy_unknown(values) if torch.compiler.is_compiling() else values
-    return held
-
-
-@torch.library.custom_op("bnbench::hold", mutates_args=())
-def _copy_unknown(values: Tensor) -> Tensor:
-    return values.clone()
-
-
-_copy_unknown.register_fake(torch.empty_like)
-_copy_unknown.register_vmap(lambda info, in_dims, values: (_copy_unknown(values), in_dims[0]))
+def affine_or_identity(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """γ and β of a layer, or ones and zeros (C) in the place of those it lacks."""
+    weight, bias = layer.weight, layer.bias
+    return (
+        torch.ones_like(like) if weight is None else widen(cast(Tensor, weight)),
+        torch.zeros_like(like) if bias is None else widen(cast(Tensor, bias)),
+    )
 
 
 def spread(values: Tensor, x: Tensor) -> Tensor:

@@ -6,12 +6,19 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from bnbench.norms.base import add_affine, check_eps, norm, show_options, widen
-from bnbench.norms.own_backward import run_function, run_replicas, scale_and_shift, spread, sum_channels
+from bnbench.norms.averages import SquareAverage
+from bnbench.norms.base import norm, widen
+from bnbench.norms.own_backward import (
+    affine_or_identity,
+    run_function,
+    run_replicas,
+    scale_and_shift,
+    spread,
+    sum_channels,
+)
 from bnbench.registry import BadInput
 
 
@@ -70,7 +77,7 @@ class PowerScaling(torch.autograd.Function):
     exact_gradient=False,
     examples=({}, {"momentum": 0.5}),
 )
-class PowerNorm(nn.Module):
+class PowerNorm(SquareAverage):
     """Divide each channel by a running root mean square, with a running average in the backward pass too.
 
     x̂ = x / √(ψ² + eps), y = γ x̂ + β; x (N, C, *). ψ², of shape C, is the running average from before this
@@ -101,11 +108,7 @@ class PowerNorm(nn.Module):
     scaling that it applies first is no part of this layer.
     """
 
-    running_square: Tensor
     running_gradient: Tensor
-    num_batches_tracked: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -117,22 +120,11 @@ class PowerNorm(nn.Module):
         affine: bool = True,
         warmup: int = 0,
     ) -> None:
-        super().__init__()
-        if not 0 <= momentum <= 1:
-            raise BadInput(f"momentum must be a number from 0 to 1, not {momentum!r}")
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
         if warmup < 0:
             raise BadInput(f"warmup must be a number of steps of at least 0, not {warmup!r}")
-        self.num_features = num_features
-        self.eps = check_eps(eps)
-        self.momentum = momentum
-        self.affine = affine
         self.warmup = warmup
-        add_affine(self, num_features, gamma=affine, beta=affine)
-        self.register_buffer("running_square", torch.ones(num_features))
         self.register_buffer("running_gradient", torch.zeros(num_features))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
-
-    extra_repr = show_options
 
     @staticmethod
     def normalization_batch_size(batch_size: int, *, warmup: int = 0, **others: object) -> int | None:
@@ -140,8 +132,7 @@ class PowerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            mean = torch.zeros_like(self.running_square)
-            return F.batch_norm(x, mean, self.running_square, self.weight, self.bias, False, 0.0, self.eps)
+            return self.normalize_by_average(x)
         average = widen(self.running_square)
         with torch.no_grad():
             square = widen(x).square().mean([0, *range(2, x.ndim)])
@@ -149,14 +140,7 @@ class PowerNorm(nn.Module):
             inverse = (torch.where(warm, square, average) + self.eps).rsqrt()
             self.running_square.copy_(torch.lerp(average, square, self.momentum))
             self.num_batches_tracked.add_(1)
-        weight = torch.ones_like(inverse) if self.weight is None else widen(self.weight)
-        bias = torch.zeros_like(inverse) if self.bias is None else widen(self.bias)
+        weight, bias = affine_or_identity(self, inverse)
         constants = inverse, square * inverse.square(), warm[None]
         buffers = (self.running_gradient,)
         return run_function(PowerScaling, (x, weight, bias), constants, buffers, self.momentum)
-
-    def batch_moments(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x.detach().double().square().mean([0, *range(2, x.ndim)]),)
-
-    def set_moments(self, *means: Tensor) -> None:
-        self.running_square.copy_(means[0])

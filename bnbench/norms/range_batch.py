@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bnbench.norms.base import add_affine, check_eps, norm, per_channel, show_options, widen
-from bnbench.registry import BadInput
+from bnbench.norms.averages import ScaleAverages
+from bnbench.norms.base import norm
 
 
 def range_batch_norm(x: Tensor, *, eps: float = 1e-5, **others: object) -> Tensor:
@@ -28,7 +27,7 @@ def range_batch_norm(x: Tensor, *, eps: float = 1e-5, **others: object) -> Tenso
     centres=True,
     examples=({}, {"momentum": None}),
 )
-class RangeBatchNorm(nn.Module):
+class RangeBatchNorm(ScaleAverages):
     """Batch normalization whose scale is the range of a channel's values, the largest less the smallest.
 
     y = γ (x − μ) / (C(n) range(x − μ) + eps) + β,   C(n) = 1 / √(2 ln n),   range(z) = max z − min z; x and y
@@ -52,74 +51,7 @@ class RangeBatchNorm(nn.Module):
     eps stands is our choice: beside the range, as in "l1_batch".
     """
 
-    running_mean: Tensor
-    running_scale: Tensor
-    num_batches_tracked: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        num_features: int,
-        dim: int = 2,
-        *,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-    ) -> None:
-        super().__init__()
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise BadInput(f"momentum must be a number from 0 to 1, or None, not {momentum!r}")
-        self.num_features = num_features
-        self.eps = check_eps(eps)
-        self.momentum = momentum
-        self.affine = affine
-        add_affine(self, num_features, gamma=affine, beta=affine)
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_scale", torch.ones(num_features))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
-
-    extra_repr = show_options
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = widen(x)
-        if self.training:
-            if x.numel() <= self.num_features:
-                raise ValueError(
-                    f"a training batch needs more than one value a channel, not {tuple(x.shape)}"
-                )
-            mean, centred, scale = _measure(wide)
-            self._move_averages(mean, scale)
-        else:
-            centred = wide - per_channel(widen(self.running_mean), x)
-            scale = widen(self.running_scale)
-        if self.weight is None or self.bias is None:
-            return (centred / per_channel(scale + self.eps, x)).to(x.dtype)
-        slope = widen(self.weight) / (scale + self.eps)
-        bias = per_channel(widen(self.bias), x)
-        return torch.addcmul(bias, centred, per_channel(slope, x)).to(x.dtype)
-
-    @torch.no_grad()
-    def _move_averages(self, mean: Tensor, scale: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        count = self.num_batches_tracked.to(mean.dtype)
-        rate = 1 / count if self.momentum is None else self.momentum
-        for average, batch in ((self.running_mean, mean), (self.running_scale, scale)):
-            average.add_((batch - average) * rate)
-
-    def batch_moments(self, x: Tensor) -> tuple[Tensor, ...]:
-        mean, _, scale = _measure(x.detach().double())
-        return mean, scale
-
-    def set_moments(self, *means: Tensor) -> None:
-        self.running_mean.copy_(means[0])
-        self.running_scale.copy_(means[1])
-
-
-def _measure(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each channel's mean, x without it, and C(n) times its range."""
-    dims = [0, *range(2, x.ndim)]
-    mean = x.mean(dims)
-    centred = x - per_channel(mean, x)
-    values = x.numel() // x.shape[1]
-    return mean, centred, (centred.amax(dims) - centred.amin(dims)) / math.sqrt(2 * math.log(values))
+    def measure_scale(self, centred: Tensor) -> Tensor:
+        dims = [0, *range(2, centred.ndim)]
+        values = centred.numel() // self.num_features
+        return (centred.amax(dims) - centred.amin(dims)) / math.sqrt(2 * math.log(values))

@@ -106,6 +106,12 @@ def _maps_of(layer: nn.Module) -> parametrize.ParametrizationList:
     return cast(parametrize.ParametrizationList, maps["weight"])
 
 
+def require_inputs(layer: nn.Module, action: str) -> None:
+    """Raise BadInput where an output of a layer has a single weight, so that it cannot be centred."""
+    if layer.get_parameter("weight")[0].numel() < 2:
+        raise BadInput(f"an output needs at least 2 input weights to be {action}")
+
+
 @reparam("weight_norm", paper="arXiv:1602.07868", proportional_to="original0")
 def weight_norm(layer: nn.Module) -> None:
     """W = g v / ‖v‖, for each output by itself; the length g and the direction v are learned.
@@ -169,8 +175,7 @@ def weight_standardization(layer: nn.Module, *, eps: float = 1e-5) -> None:
 
     Source: Qiao et al. 2019.
     """
-    if layer.get_parameter("weight")[0].numel() < 2:
-        raise BadInput("an output needs at least 2 input weights to be standardized")
+    require_inputs(layer, "standardized")
     parametrize.register_parametrization(layer, "weight", StandardizedWeight(eps))
 
 
@@ -182,9 +187,9 @@ class StandardizedWeight(nn.Module):
         self.eps = check_eps(eps)
 
     def forward(self, weight: Tensor) -> Tensor:
-        rows = weight.flatten(1)
+        rows = widen(weight).flatten(1)
         var, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
-        return ((rows - mean) * (var + self.eps).rsqrt()).view_as(weight)
+        return ((rows - mean) * (var + self.eps).rsqrt()).view_as(weight).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -216,8 +221,7 @@ def scaled_weight_standardization(
     reaches the classifier, and estimates γ_act from samples (1.71396 for ReLU); it has the bound on
     var · fan_in, which the equation leaves out.
     """
-    if layer.get_parameter("weight")[0].numel() < 2:
-        raise BadInput("an output needs at least 2 input weights to be standardized")
+    require_inputs(layer, "standardized")
     scaled = ScaledStandardizedWeight(check_eps(eps), activation)
     parametrize.register_parametrization(layer, "weight", scaled)
 

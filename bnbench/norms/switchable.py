@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from bnbench.norms.base import BatchStatistics, norm, per_channel, widen
+from bnbench.norms.averages import BatchStatistics, count_values
+from bnbench.norms.base import norm, per_channel, widen
 
 
 def switchable_norm(x: Tensor, *, eps: float = 1e-5, **others: object) -> Tensor:
@@ -91,10 +92,7 @@ class SwitchableNorm(BatchStatistics):
             means.append(per_channel(widen(self.running_mean), x))
             variances.append(per_channel(widen(self.running_var), x))
             return means, variances
-        if x.numel() <= self.num_features:
-            raise ValueError(
-                f"training needs more than one value a channel, and the input is {tuple(x.shape)}"
-            )
+        count_values(x)
         means.append(mean.mean(0))
         variances.append(var.mean(0) + mean.var(0, correction=0))
         self.update_averages(means[-1].flatten(), variances[-1].flatten())

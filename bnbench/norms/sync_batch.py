@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnbench.norms.base import BatchStatistics, norm, per_channel, widen
+from bnbench.norms.averages import BatchStatistics
+from bnbench.norms.base import norm, per_channel, widen
 
 
 def sync_batch_norm(x: Tensor, *, eps: float = 1e-5) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnbench.norms.averages import check_momentum, count_values, move_averages
 from bnbench.norms.base import (
     add_affine,
     channel_moments,
@@ -15,7 +16,6 @@ from bnbench.norms.base import (
     show_options,
     widen,
 )
-from bnbench.registry import BadInput
 
 
 def variance_only_batch_norm(x: Tensor, *, eps: float = 1e-5, **others: object) -> Tensor:
@@ -67,11 +67,9 @@ class VarianceOnlyBatchNorm(nn.Module):
         affine: bool = True,
     ) -> None:
         super().__init__()
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise BadInput(f"momentum must be a number from 0 to 1, or None, not {momentum!r}")
         self.num_features = num_features
         self.eps = check_eps(eps)
-        self.momentum = momentum
+        self.momentum = check_momentum(momentum)
         self.affine = affine
         add_affine(self, num_features, gamma=affine, beta=affine)
         self.register_buffer("running_var", torch.ones(num_features))
@@ -83,27 +81,19 @@ class VarianceOnlyBatchNorm(nn.Module):
         if not self.training:
             centre = torch.zeros_like(self.running_var)
             return F.batch_norm(x, centre, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        if x.numel() <= self.num_features:
-            raise ValueError(f"a training batch needs more than one value a channel, not {tuple(x.shape)}")
+        count = count_values(x)
         wide, dims = widen(x), [0, *range(2, x.ndim)]
         mean = wide.mean(dims)
         centred = wide - per_channel(mean, x)
         var = centred.square().mean(dims)
-        count = x.numel() // self.num_features
-        self._move_average(var * (count / (count - 1)))
+        unbiased = var * (count / (count - 1))
+        move_averages(self.momentum, self.num_batches_tracked, (self.running_var, unbiased))
         scale = (var + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * widen(self.weight)
         # Not x times the scale, for which autograd would keep x beside the centred values.
         shift = mean * scale if self.bias is None else mean * scale + widen(self.bias)
         return torch.addcmul(per_channel(shift, x), centred, per_channel(scale, x)).to(x.dtype)
-
-    @torch.no_grad()
-    def _move_average(self, var: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        count = self.num_batches_tracked.to(var.dtype)
-        rate = 1 / count if self.momentum is None else self.momentum
-        self.running_var.add_((var - self.running_var) * rate)
 
     def batch_moments(self, x: Tensor) -> tuple[Tensor, ...]:
         return channel_moments(x)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from bnbench.norms.averages import count_values, move_averages
 from bnbench.norms.base import (
     add_affine,
     channels_adjacent,
     check_eps,
+    check_share,
     divisors,
     per_channel,
     show_options,
@@ -39,8 +41,6 @@ class GroupWhitening(nn.Module):
         self, num_features: int, *, group_size: int, eps: float, momentum: float, affine: bool
     ) -> None:
         super().__init__()
-        if not 0 <= momentum <= 1:
-            raise BadInput(f"momentum must be a number from 0 to 1, not {momentum!r}")
         if group_size < 1 or num_features % group_size:
             known = ", ".join(str(divisor) for divisor in divisors(num_features))
             raise BadInput(
@@ -49,7 +49,7 @@ class GroupWhitening(nn.Module):
         self.num_features = num_features
         self.group_size = group_size
         self.eps = check_eps(eps)
-        self.momentum = momentum
+        self.momentum = check_share("momentum", momentum)
         self.affine = affine
         add_affine(self, num_features, gamma=affine, beta=affine)
         groups = num_features // group_size
@@ -72,20 +72,14 @@ class GroupWhitening(nn.Module):
         if not self.training:
             centred = wide - per_channel(widen(self.running_mean), x)
             return self._map(widen(self.running_whitening), self._group(centred), None, x)
-        if x.numel() <= self.num_features:
-            raise ValueError(
-                f"training needs more than one value a channel, and the input is {tuple(x.shape)}"
-            )
+        count_values(x)
         shift = wide.detach().mean([0, *range(2, x.ndim)])
         grouped = self._group(wide - per_channel(shift, x))
         # Where the mean is large it is rounded, and W enlarges that; `rest` is what is left of it.
         rest, second = Moments.apply(grouped)  # type: ignore[no-untyped-call]
         whitening = self.invert_root(self._covariance(rest, second))
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            mean = shift + rest.flatten()
-            for average, batch in ((self.running_mean, mean), (self.running_whitening, whitening)):
-                average.mul_(1 - self.momentum).add_(batch, alpha=self.momentum)
+        moved = (self.running_mean, shift + rest.flatten()), (self.running_whitening, whitening)
+        move_averages(self.momentum, self.num_batches_tracked, *moved)
         return self._map(whitening, grouped, rest, x)
 
     def _covariance(self, mean: Tensor, second: Tensor) -> Tensor:
