@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from bnbench.models import Slot, build_model
-from bnbench.norms import build_norm, convert_norm, freeze_norm, norm_names, recalibrate, revert
+from bnbench.norms import (
+    NORMS,
+    NormEntry,
+    build_norm,
+    convert_norm,
+    fold_norm,
+    freeze_norm,
+    norm_names,
+    recalibrate,
+    revert,
+)
 from bnbench.norms.surgery.convert import OverLastAxis
 from bnbench.norms.surgery.handover import compare
 from bnbench.norms.surgery.layers import Site
@@ -231,6 +241,40 @@ def test_a_norm_over_the_last_axis_becomes_one_over_the_channels_there():
     assert not isinstance(convert_norm(model, "batch", example=torch.zeros(2, 5)).model[1], OverLastAxis)
 
 
+def test_a_norm_over_the_only_other_axis_becomes_the_same_one_of_ours():
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6, eps=0.1)).eval()
+    x = torch.randn(7, 5)
+    before = model(x)
+    conversion = convert_norm(model, "layer", example=x)
+    assert conversion.max_difference is not None
+    assert not isinstance(model[1], OverLastAxis)
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_norm_of_another_package_need_not_say_how_many_channels_it_has(learns, monkeypatch):
+    class Halve(nn.Module):
+        def __init__(self, num_features, dim=2):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(num_features)) if learns else None
+
+        def forward(self, x):
+            return x / 2 if self.weight is None else x / 2 * self.weight.view(-1, *(1,) * (x.ndim - 2))
+
+    monkeypatch.setattr(NORMS, "_entries", dict(NORMS._entries))
+    NORMS.add("halve", NormEntry(**{**vars(NORMS["none"]), "name": "halve", "layer": Halve}))
+    model = nn.Sequential(nn.Linear(5, 6), build_norm("halve", 6, 0)).eval()
+    x = torch.randn(7, 5)
+    if not learns:
+        with pytest.raises(BadInput, match="Halve does not say how many channels it has"):
+            convert_norm(model, "layer")
+        return
+    before = model(x)
+    assert fold_norm(copy.deepcopy(model), x).folded
+    assert [change.kept for change in convert_norm(model, "rms", example=x).changed] == [("weight",)]
+    assert not torch.equal(model(x), before)
+
+
 def test_a_shared_layer_stays_one():
     shared, other = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
     block = nn.Sequential(nn.Linear(6, 6), other)
@@ -362,7 +406,7 @@ def test_hooks_and_parametrizations_are_not_lost_in_silence():
             "0: norm 'group': num_groups=4",
         ),
         (lambda: nn.BatchNorm1d(6, device="meta"), "batch", {}, "meta device"),
-        (lambda: nn.Sequential(nn.BatchNorm1d(6)), "batch", {"skip": ["1"]}, "has no module '1'"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(6)), "batch", {"skip": ["1"]}, "has no module '1'. Known: 0"),
         (lambda: torch.jit.script(nn.Sequential(nn.BatchNorm1d(6))), "batch", {}, "scripted"),
     ],
     ids=["name", "option", "value", "meta", "skip", "script"],
@@ -395,6 +439,14 @@ def test_reverting_needs_to_know_the_class():
     conversion = revert(model, example=images())
     assert [type(model[place]) for place in (1, 4)] == [nn.BatchNorm2d, nn.BatchNorm1d]
     assert [left.path for left in conversion.left] == ["5"]
+
+
+def test_a_conversion_does_not_tell_the_class_of_what_was_no_batch_norm():
+    conversion = convert_norm(nn.Sequential(nn.BatchNorm1d(6), nn.GroupNorm(2, 6)), "batch")
+    with pytest.raises(BadInput, match=r"^1: nothing tells .* this one was no batch norm of torch$"):
+        revert(conversion)
+    reverted = revert(conversion, example=torch.zeros(2, 6, 3)).model
+    assert [type(layer) for layer in reverted] == [nn.BatchNorm1d, nn.BatchNorm1d]
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet20"])

@@ -268,3 +268,12 @@ def test_outputs_of_several_parts_are_compared():
     model = Two().eval()
     folding = fold_norm(model, (torch.randn(4, 5), torch.tensor(2.0)))
     assert len(folding.folded) == 1 and 0 < folding.difference < 1e-5
+
+
+def test_a_norm_that_is_no_map_of_a_channel_is_left_in_a_network_without_positions():
+    model = build_model("mlp", (1, 8), 10, Slot("switchable")).eval()
+    x = torch.randn(4, 1, 8, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    folding = fold_norm(model, x)
+    assert not folding.folded
+    torch.testing.assert_close(model(x), before)

@@ -116,6 +116,16 @@ def test_switchable_has_three_shares_each_or_two_without_positions():
     assert build_norm("switchable", 8, affine=False).weight is None
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5)])
+@pytest.mark.parametrize("training", [True, False])
+def test_switchable_mixes_as_many_parts_as_it_has_shares_whatever_the_input(dim, shape, training):
+    layer = build_norm("switchable", 4, dim).double().train(training)
+    y = layer(torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    assert y.shape == shape
+    assert y.isfinite().all()
+
+
 def test_switchable_takes_one_sample_with_positions_and_refuses_one_value():
     layer, x = with_random_parameters(build_norm("switchable", 8, 2)), batch_of(2, 1)
     torch.testing.assert_close(layer(x), mixed(layer, x, *moments(x)))

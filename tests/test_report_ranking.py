@@ -114,7 +114,9 @@ def test_an_arm_with_missing_trainings_is_named_and_not_ranked() -> None:
     found = ranking({**THREE, "d": [99.0]})
     assert [place.arm for place in found.places] == ["a", "b", "c"]
     assert found.left_out == ("d",)
+    assert ranking_words(found).startswith("3 arms over 4 replicates; ")
     assert "Not ranked, since trainings are missing: d." in ranking_words(found)
+    assert ranking_words(ranking({"a": [70.0], "b": [71.0]})).startswith("2 arms over 1 replicate; ")
 
 
 def test_nothing_is_ranked_where_a_study_does_not_say_so_or_has_one_arm() -> None:

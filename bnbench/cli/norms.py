@@ -168,8 +168,8 @@ def _print_list(found: Sequence[Method]) -> None:
         console.print()
         console.print(table, markup=False)
     console.print(
-        "\n`bnbench norms show NAME` explains one. An entry is an arm of a study as norm=NAME, reparam=NAME,"
-        ' or model_options={"residual": NAME}.',
+        "\n`bnbench norms show NAME` explains one. To an arm of a study and to NormClassifier they are"
+        ' norm=NAME, reparam=NAME\nand model_options={"residual": NAME}; adaptive_clip=0.1 clips gradients.',
         highlight=False,
         markup=False,
     )

@@ -85,7 +85,7 @@ class SwitchableNorm(BatchStatistics):
             mean, var = x, torch.zeros_like(x)
         else:
             var, mean = torch.var_mean(x, [*range(2, x.ndim)], correction=0, keepdim=True)
-        means, variances = ([], []) if x.ndim == 2 else ([mean], [var])
+        means, variances = ([mean], [var]) if len(self.mean_weight) == 3 else ([], [])
         means.append(mean.mean(1, keepdim=True))
         variances.append(var.mean(1, keepdim=True) + mean.var(1, correction=0, keepdim=True))
         if not self.training:

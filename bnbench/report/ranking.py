@@ -178,8 +178,8 @@ def ranking_words(ranking: Ranking) -> str:
     """What a ranking says in one line."""
     k, n = len(ranking.places), ranking.n
     best = [place.arm for place in ranking.places if ranking.levels_with_best(place)]
-    told = f"{k} arms over {n} replicates; mean ranks that differ by more than {ranking.difference:.1f} are"
-    told += " told apart (Nemenyi, 5 %)."
+    told = f"{k} arms over {n} replicate{'s' if n > 1 else ''}; mean ranks that differ by more than"
+    told += f" {ranking.difference:.1f} are told apart (Nemenyi, 5 %)."
     if ranking.friedman_p is not None:
         told += f" Friedman's p that all are equal: {probability(ranking.friedman_p)}."
     told += f" {len(best)} of them are not told apart from the best."

@@ -117,7 +117,9 @@ def revert(model: nn.Module | Conversion, *, example: Any = None) -> Conversion:
     parametrizations, one on the meta device, and where an evaluation differs.
     """
     kinds: dict[str, type[nn.Module]] = {}
+    what_tells = "example=, an input of the model, or the Conversion"
     if isinstance(model, Conversion):
+        what_tells = "example=, an input of the model; of the Conversion, this one was no batch norm of torch"
         kinds = {change.path: change.kind for change in model.changed if change.kind in TORCH_BATCH_NORMS}
         model = model.model
     sites = find_sites(model, concerns_norms)
@@ -137,7 +139,7 @@ def revert(model: nn.Module | Conversion, *, example: Any = None) -> Conversion:
             left.append(Left(site.path, site.class_name, reason))
             continue
         _check_swappable(site)
-        new = _build_torch_batch_norm(site, kinds.get(site.path), ranks.get(id(layer)))
+        new = _build_torch_batch_norm(site, kinds.get(site.path), ranks.get(id(layer)), what_tells)
         swaps.append((site, new, _change(site, new, new, type(new).__name__, set(), True)))
     return _finish(model, swaps, left, None)
 
@@ -221,13 +223,14 @@ def _add_options(entry: NormEntry, given: Mapping[str, Any], more: Mapping[str, 
     return options
 
 
-def _build_torch_batch_norm(site: Site, kind: type[nn.Module] | None, rank: int | None) -> nn.Module:
+def _build_torch_batch_norm(
+    site: Site, kind: type[nn.Module] | None, rank: int | None, what_tells: str
+) -> nn.Module:
     layer: Any = site.layer
     if kind is None:
         if rank is None:
             raise BadInput(
-                f"{site.path}: nothing tells whether BatchNorm1d, 2d or 3d belongs here; give example=, an"
-                " input of the model, or the Conversion"
+                f"{site.path}: nothing tells whether BatchNorm1d, 2d or 3d belongs here; give {what_tells}"
             )
         kind = _CLASSES[max(rank - 2, 1)]
     momentum = getattr(layer, "momentum", 0.1)

@@ -18,7 +18,7 @@ from bnbench.norms.surgery.evaluation import (
     running_statistics,
     takes_moments,
 )
-from bnbench.norms.surgery.layers import TORCH_BATCH_NORMS, Site, foreign, over_last_axis
+from bnbench.norms.surgery.layers import TORCH_BATCH_NORMS, Site, foreign, over_last_axis, registered_name
 from bnbench.registry import BadInput
 
 
@@ -104,6 +104,9 @@ def compare(site: Site, new: nn.Module) -> float:
         x = mean + x * (var + old.eps).sqrt()  # type: ignore[operator]
     if over_last_axis(old):
         x = x.movedim(1, -1)
+        if registered_name(new) is not None:
+            # It stands there by itself only where the input has two axes.
+            x = x.flatten(0, -2)
     before, after = copy_for_evaluation(old)(x), copy_for_evaluation(new)(x)
     difference = float((before - after).abs().max() / before.abs().max().clamp_min(1.0))
     # Not `>`, since NaN must not pass. A statistic that is kept in another form is rounded once more.

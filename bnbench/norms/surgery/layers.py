@@ -125,12 +125,20 @@ def spatial_axes(layer: nn.Module) -> int | None:
 
 
 def count_channels(layer: nn.Module) -> int:
-    """The number of channels of a norm."""
+    """The number of channels of a norm. Raises BadInput where nothing on the layer tells it."""
     for name in ("num_features", "num_channels"):
         if hasattr(layer, name):
             return int(getattr(layer, name))
     shape = getattr(layer, "normalized_shape", None)
-    return int(shape[-1]) if shape else len(layer.get_buffer("running_mean"))
+    if shape:
+        return int(shape[-1])
+    for name in ("running_mean", "weight", "bias"):
+        values = getattr(layer, name, None)
+        if isinstance(values, Tensor):
+            return len(values)
+    raise BadInput(
+        f"a {full_name(layer)} does not say how many channels it has; give it the attribute num_features"
+    )
 
 
 def name_hooks(layer: nn.Module, *, harmless: bool) -> str | None:
@@ -188,7 +196,7 @@ def read_skip(model: nn.Module, skip: Skip) -> Callable[[str, nn.Module], bool]:
     known = [path for path, _ in model.named_modules(remove_duplicate=False)]
     for name in names:
         if name not in known:
-            raise BadInput(f"skip: the model has no module {name!r}{nearest(name, known)}")
+            raise BadInput(f"skip: the model has no module {name!r}{nearest(name, filter(None, known))}")
     return lambda path, layer: any(path == name or path.startswith(f"{name}.") for name in names)
 
 
