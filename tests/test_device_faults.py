@@ -14,7 +14,7 @@ from bnbench.engine.evaluate import logits_of
 from bnbench.models import MODELS, ORDERS, Slot, build_model
 from bnbench.norms import NORMS, REPARAMS, KeepsMoments, recalibrate
 from bnbench.testing import norm_cases
-from bnbench.testing.norm_checks import check_norm_without_host
+from bnbench.testing.norm_modules import check_norm_without_host
 from tests.pretended_devices import (
     DeviceFault,
     Pretended,
@@ -29,7 +29,6 @@ SIZES = {"mlp": {"width": 16}, "cnn": {"channels": 8}}
 # Code and layers of resnet8 and vgg11, more of them.
 DEEPER = {f"resnet{depth}" for depth in (20, 32, 44, 56, 110)} | {f"vgg{depth}" for depth in (13, 16, 19)}
 EXAMPLES_OF = {name: NORMS[name].examples[0] for name in NORMS}
-EXAMPLES = {str(case): (case.entry.name, dict(case.options)) for name in NORMS for case in norm_cases(name)}
 
 
 @pytest.fixture(autouse=True)
@@ -87,12 +86,11 @@ def run_model(kind: str, model: nn.Module) -> None:
 
 @on_each_kind
 @pytest.mark.parametrize("model", SIZES)
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_small_models_run_with_every_norm(model, example, kind):
-    norm, options = EXAMPLES[example]
+@pytest.mark.parametrize("norm", NORMS)
+def test_small_models_run_with_every_norm(model, norm, kind):
     if model == "mlp" and NORMS[norm].min_dim > 0:
         pytest.skip(f"{norm} takes no vectors, which are all that an MLP has")
-    run_model(kind, build(model, Slot(norm, options)))
+    run_model(kind, build(model, Slot(norm, EXAMPLES_OF[norm])))
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -119,6 +119,7 @@ def test_a_closed_pool_takes_no_task_and_ends_those_that_run(
     wait_until(lambda: not any(pid in nodes.processes(node) for node in range(3)))
 
 
+@pytest.mark.slow
 def test_gpus_are_shared_as_far_as_was_asked_for_and_wide_rows_get_whole_ones(
     nodes: Cluster, tmp_path: Path
 ) -> None:
