@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, stack_module_state
+from torch.func import functional_call
 
 from bnbench.norms import apply_reparam, build_norm, normalization_batch_size
 from bnbench.registry import BadInput
+from tests.own_backward import check_compiled_steps, check_replicas
 
 SHAPES = {0: (), 1: (5,), 2: (4, 3), 3: (3, 2, 2)}
 CHANNELS = 4
@@ -142,40 +143,14 @@ def test_batches_of_two_in_a_full_buffer_have_the_noise_of_larger_ones():
 @pytest.mark.parametrize("dim", [0, 2])
 def test_replicas_under_vmap_train_as_alone(dim):
     layers = [layer_of(dim, buffer_size=2, warmup=1, momentum=0.3) for _ in range(3)]
-    parameters, buffers = stack_module_state(layers)
-    skeleton = copy.deepcopy(layers[0]).to("meta")
-
-    def forward(parameters, buffers, x):
-        return functional_call(skeleton, (parameters, buffers), x)
-
-    for step in range(4):
-        x, g = (torch.stack([batch_of(dim, 7 * step + k + 50 * n) for k in range(3)]) for n in (0, 1))
-        leaf = x.clone().requires_grad_()
-        y = torch.vmap(forward)(parameters, buffers, leaf)
-        together = torch.autograd.grad(y, [leaf, *parameters.values()], g)
-        for k, layer in enumerate(layers):
-            alone = run_step(layer, x[k], g[k])
-            for got, wanted in zip([y, *together], alone, strict=False):
-                np.testing.assert_allclose(got[k].detach().numpy(), wanted, rtol=1e-10, atol=1e-12)
-            for name, buffer in layer.named_buffers():
-                torch.testing.assert_close(buffers[name][k], buffer)
+    check_replicas(layers, lambda seed: batch_of(dim, seed), steps=4)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_steps_are_the_same_steps():
-    """A backward pass must not read statistics that its forward pass has moved."""
     layer, twin = (layer_of(2, buffer_size=2, warmup=1, momentum=0.3) for _ in range(2))
-    torch.compiler.reset()
-    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
-    for step in range(5):
-        x, g = batch_of(2, step), batch_of(2, 10 + step)
-        results = []
-        for call, own in ((layer, layer), (compiled, twin)):
-            leaf = x.clone().requires_grad_()
-            y = call(leaf)
-            results.append([y, *torch.autograd.grad(y, [leaf, *own.parameters()], g), *own.buffers()])
-        torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+    check_compiled_steps(layer, twin, lambda seed: batch_of(2, seed))
 
 
 @pytest.mark.parametrize(
